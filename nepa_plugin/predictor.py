@@ -1,0 +1,468 @@
+"""The NEPA predictor: a causal Vision Transformer on timm's ``Eva``, and its timm model names.
+
+Architecture: NEPA, arXiv 2512.16922, section 3. Everything except the attention mode, the affine-free QK-norm, the
+initialisation and the joint (embeddings, predictions) forward pass is timm's.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._input import update_model_args
+from timm.models._manipulate import checkpoint
+from timm.models.eva import Eva, checkpoint_filter_fn
+from torch import Tensor, nn
+
+AttentionMode = Literal["causal", "bidirectional"]
+ATTENTION_MODES: tuple[str, ...] = ("causal", "bidirectional")
+NEPA_MEAN = NEPA_STD = (0.5, 0.5, 0.5)
+
+
+def _norm_layer(dim: int, **kwargs: Any) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-12, **kwargs)
+
+
+class NepaViT(Eva):
+    """Vision Transformer that predicts the next patch's embedding.
+
+    A timm ``Eva`` in the published NEPA configuration: class token first, axial RoPE with train-time rescaling of the
+    patch coordinates, QK-norm without affine parameters, LayerScale, a final LayerNorm, and no absolute position
+    embedding. Source: arXiv 2512.16922.
+
+    Args:
+        img_size: Image size in pixels, one number or (height, width). Every side must be divisible by the patch size
+            unless ``dynamic_img_pad`` or ``dynamic_img_resize`` is set.
+        patch_size: Patch size in pixels, one number or (height, width).
+        in_chans: Number of image channels.
+        num_classes: Outputs of the classification head; 0 for none. With a head, the patch tokens of the final norm's
+            output are averaged, normalised and mapped linearly, as in the published fine-tuning.
+        global_pool: timm pooling name. Default: ``""`` (all tokens) without a head, ``"avg"`` with one.
+        embed_dim: Token dimension D.
+        depth: Number of transformer blocks.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden size of the MLP over ``embed_dim``.
+        swiglu_mlp: Gated SiLU MLP instead of GELU.
+        attention: ``"causal"`` or ``"bidirectional"``; :meth:`set_attention` switches it later.
+        qk_norm_affine: Give QK-norm a learned weight (no bias), as the published fine-tuned checkpoints have.
+        init_values: Initial value of LayerScale.
+        rope_temperature: Base of the RoPE periods.
+        rope_rescale_coords: In training mode the patch coordinates are multiplied by a factor drawn log-uniformly
+            from [1/r, r], once per forward pass. 1 turns this off.
+        use_fc_norm: LayerNorm between pooling and head. Default: only with a head.
+        dynamic_img_size: Accept any image size divisible by the patch size.
+        dynamic_img_pad: Pad images at the bottom and right to the next multiple of the patch size.
+        dynamic_img_resize: Resize images bilinearly to the next multiple of the patch size.
+        **kwargs: Further arguments of ``timm.models.eva.Eva`` (``drop_path_rate``, ``proj_drop_rate``, ...).
+
+    Raises:
+        ValueError: On an unknown attention mode, or an image size that the patch size does not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 14,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        global_pool: str | None = None,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        swiglu_mlp: bool = False,
+        attention: AttentionMode = "causal",
+        qk_norm_affine: bool = False,
+        init_values: float = 1e-5,
+        rope_temperature: float = 100.0,
+        rope_rescale_coords: float = 2.0,
+        use_fc_norm: bool | None = None,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        dynamic_img_resize: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if attention not in ATTENTION_MODES:
+            raise ValueError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
+        if embed_dim % (4 * num_heads):
+            raise ValueError(
+                f"embed_dim={embed_dim} must be a multiple of 4 x num_heads={num_heads}: axial RoPE rotates pairs of "
+                "channels along two axes."
+            )
+        any_size = dynamic_img_pad or dynamic_img_resize
+        if not any_size:
+            _check_divisible(to_2tuple(img_size), to_2tuple(patch_size))
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=("avg" if num_classes else "") if global_pool is None else global_pool,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            swiglu_mlp=swiglu_mlp,
+            attn_type="rope",
+            qk_norm=True,
+            init_values=init_values,
+            use_abs_pos_emb=False,
+            use_rot_pos_emb=True,
+            rope_type="dinov3",
+            rope_temperature=rope_temperature,
+            rope_rotate_half=True,
+            rope_rescale_coords=rope_rescale_coords,
+            norm_layer=_norm_layer,
+            use_post_transformer_norm=True,
+            use_fc_norm=num_classes > 0 if use_fc_norm is None else use_fc_norm,
+            dynamic_img_size=dynamic_img_size or any_size,
+            dynamic_img_pad=dynamic_img_pad,
+            head_init_scale=0.0,  # the published head starts at zero, see init_weights
+            **kwargs,
+        )
+        self.dynamic_img_resize = dynamic_img_resize
+        self.attention: str = attention
+        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        for block in self.blocks:
+            # Eva's QK-norm has weight and bias; the published one has neither, or (fine-tuned) a weight only.
+            for name in ("q_norm", "k_norm"):
+                norm = nn.LayerNorm(
+                    embed_dim // num_heads, eps=1e-12, elementwise_affine=qk_norm_affine, bias=False, **dd
+                )
+                setattr(block.attn, name, norm)
+
+    # -- initialisation: published, not Eva's --------------------------------------------------------------------------
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as published: weights truncated normal with standard deviation 0.02, biases and head zero."""
+        super().init_weights(needs_reset)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, nn.Conv2d):  # Eva leaves the patch embedding at PyTorch's default
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        else:
+            super()._init_weights(m, needs_reset)
+
+    def fix_init_weight(self) -> None:
+        """Do nothing: Eva rescales its projections by depth, the published initialisation does not."""
+
+    # -- attention mode ------------------------------------------------------------------------------------------------
+
+    def set_attention(self, attention: AttentionMode) -> "NepaViT":
+        """Switch the attention of a built model; the weights stay as they are.
+
+        Args:
+            attention: ``"causal"`` or ``"bidirectional"``.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: On any other mode.
+        """
+        if attention not in ATTENTION_MODES:
+            raise ValueError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
+        self.attention = attention
+        update_model_args(self, attention=attention)  # so that an exported folder rebuilds this mode
+        return self
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether attention is causal in the model's current mode."""
+        return self.attention == "causal"
+
+    # -- forward passes ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """Check the image, and resize it if that was asked for."""
+        patch_embed = self.patch_embed
+        if images.ndim != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"Expected images of shape (B, {self.in_chans}, H, W), got {tuple(images.shape)}. "
+                "Build the model with in_chans= to change the number of channels."
+            )
+        size, patch = images.shape[-2:], patch_embed.patch_size
+        if self.dynamic_img_resize:
+            target = [math.ceil(s / p) * p for s, p in zip(size, patch, strict=True)]
+            if list(size) != target:
+                images = F.interpolate(images, size=target, mode="bilinear", antialias=True)
+        elif self.dynamic_img_size:
+            if not patch_embed.dynamic_img_pad:
+                _check_divisible(size, patch)
+        elif tuple(size) != tuple(patch_embed.img_size):
+            raise ValueError(
+                f"The model was built for images of {tuple(patch_embed.img_size)} pixels, got {tuple(size)}. Build it "
+                "with img_size=, call set_input_size(), or build it with dynamic_img_size=True."
+            )
+        return images
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input embeddings (B, T, D), before any dropout, and the RoPE table (N, 2 * head_dim)."""
+        patches = self.patch_embed(self._prepare(images))
+        if self.dynamic_img_size:
+            rope = self.rope.get_embed(shape=patches.shape[1:3])
+            patches = patches.flatten(1, 2)
+        else:
+            rope = self.rope.get_embed()
+        if self.cls_token is None:
+            return patches, rope
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1), rope
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the input embeddings z: class token, then one embedding per patch in raster order.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+
+        Returns:
+            Embeddings (B, T, D) with T = 1 + number of patches.
+        """
+        return self._embed(images)[0]
+
+    def predict_next(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the input embeddings and, for each, the prediction of the next one.
+
+        ``predictions[:, t]`` predicts ``embeddings[:, t + 1]``; the class token's output predicts the first patch and
+        the last output predicts nothing.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+
+        Returns:
+            ``(embeddings, predictions)``, z and z-hat of the paper, each (B, T, D), class token first. The embeddings
+            are those before any dropout and are not detached.
+
+        Raises:
+            ValueError: If the images do not fit the model, or patch dropout is on in training mode.
+        """
+        if self.patch_drop is not None and self.training:
+            raise ValueError("predict_next needs every patch: build the model with patch_drop_rate=0.")
+        embeddings, rope = self._embed(images)
+        x = self.norm_pre(self.pos_drop(embeddings))
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, rope=rope, is_causal=self.is_causal)
+            else:
+                x = block(x, rope=rope, is_causal=self.is_causal)
+        return embeddings, self.norm(x)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool | None = None) -> Tensor:
+        """Return all tokens after the final norm.
+
+        Args:
+            x: Normalised images (B, C, H, W).
+            attn_mask: Optional attention mask, timm's.
+            is_causal: Overrides the model's attention mode for this call.
+
+        Returns:
+            Tokens (B, T, D), class token first.
+        """
+        causal = self.is_causal if is_causal is None else is_causal
+        return super().forward_features(self._prepare(x), attn_mask=attn_mask, is_causal=causal)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool | None = None) -> Tensor:
+        """Return the head's output: tokens (B, T, D), pooled features (B, D) or logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
+
+    def forward_intermediates(  # type: ignore[override]
+        self, x: Tensor, *args: Any, is_causal: bool | None = None, **kwargs: Any
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """``Eva.forward_intermediates`` in the model's attention mode (timm's arguments and return values)."""
+        causal = self.is_causal if is_causal is None else is_causal
+        return super().forward_intermediates(self._prepare(x), *args, is_causal=causal, **kwargs)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Tensor]:
+        """Return outputs of chosen blocks, with the signature of timm's and DINO's ``VisionTransformer``.
+
+        Args:
+            x: Normalised images (B, C, H, W).
+            n: The last n blocks, or the indices of the blocks.
+            reshape: Return (B, D, H / p, W / p) maps instead of (B, N, D) patch tokens.
+            return_prefix_tokens: Return (patch tokens, class token) pairs.
+            norm: Apply the final norm to each output.
+
+        Returns:
+            One tensor (or pair) per block, in order of depth.
+        """
+        outputs = self.forward_intermediates(
+            x,
+            n if isinstance(n, int) else list(n),
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            stop_early=True,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+        assert isinstance(outputs, list)
+        return outputs
+
+    # -- adaptation ----------------------------------------------------------------------------------------------------
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head as timm does; a model built without a head also gets the published pooling and norm."""
+        if num_classes > 0 and self.num_classes == 0 and global_pool is None and self.global_pool == "":
+            global_pool = "avg"
+            if isinstance(self.fc_norm, nn.Identity):
+                weight = self.norm.weight
+                self.fc_norm = _norm_layer(self.embed_dim, device=weight.device, dtype=weight.dtype)
+        super().reset_classifier(num_classes, global_pool)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Change image and patch size of a built model; timm resamples the patch embedding.
+
+        Args:
+            img_size: New image size in pixels; ``None`` keeps it.
+            patch_size: New patch size in pixels; ``None`` keeps it.
+
+        Raises:
+            ValueError: If the patch size does not divide the image size.
+        """
+        patch_embed: PatchEmbed = self.patch_embed
+        new_img = to_2tuple(img_size or patch_embed.img_size)
+        new_patch = to_2tuple(patch_size or patch_embed.patch_size)
+        if not (patch_embed.dynamic_img_pad or self.dynamic_img_resize):
+            _check_divisible(new_img, new_patch)
+        super().set_input_size(new_img, new_patch if patch_size is not None else None)
+
+
+def _check_divisible(img_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    if any(s % p or s < p for s, p in zip(img_size, patch_size, strict=True)):
+        nearest = tuple(max(p, round(s / p) * p) for s, p in zip(img_size, patch_size, strict=True))
+        raise ValueError(
+            f"Image size {tuple(img_size)} is not divisible by patch size {tuple(patch_size)}; the nearest size that "
+            f"is: {nearest}. Change img_size or patch_size, or ask for dynamic_img_pad=True or dynamic_img_resize=True."
+        )
+
+
+# -- timm names --------------------------------------------------------------------------------------------------------
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": NEPA_MEAN,
+        "std": NEPA_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+# embed_dim, depth, num_heads: the usual ViT sizes; base and large are the published ones.
+_SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+
+default_cfgs = generate_default_cfgs(
+    {f"nepa_vit_{size}_patch14{mlp}_224": _cfg() for size in _SIZES for mlp in ("", "_swiglu")}
+)
+
+
+def _create(variant: str, size: str, swiglu: bool, pretrained: bool, **kwargs: Any) -> NepaViT:
+    embed_dim, depth, num_heads = _SIZES[size]
+    model_args: dict[str, Any] = {"patch_size": 14, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+    if swiglu:
+        # Two thirds of the GELU MLP's hidden size (rounded up to 64), so that both have the same number of parameters.
+        model_args |= {"swiglu_mlp": True, "mlp_ratio": math.ceil(embed_dim * 8 / 3 / 64) * 64 / embed_dim}
+    out_indices = kwargs.pop("out_indices", 3)
+    model: NepaViT = build_model_with_cfg(
+        NepaViT,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **(model_args | kwargs),
+    )
+    return model
+
+
+@register_model
+def nepa_vit_tiny_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-Ti/14 with GELU MLP."""
+    return _create("nepa_vit_tiny_patch14_224", "tiny", False, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_small_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-S/14 with GELU MLP."""
+    return _create("nepa_vit_small_patch14_224", "small", False, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_base_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-B/14 with GELU MLP: the architecture of the released base checkpoints."""
+    return _create("nepa_vit_base_patch14_224", "base", False, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_large_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-L/14 with GELU MLP: the architecture of the released large checkpoints."""
+    return _create("nepa_vit_large_patch14_224", "large", False, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-H/14 with GELU MLP."""
+    return _create("nepa_vit_huge_patch14_224", "huge", False, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_tiny_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-Ti/14 with SwiGLU MLP."""
+    return _create("nepa_vit_tiny_patch14_swiglu_224", "tiny", True, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_small_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-S/14 with SwiGLU MLP."""
+    return _create("nepa_vit_small_patch14_swiglu_224", "small", True, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_base_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-B/14 with SwiGLU MLP, as in the paper's text."""
+    return _create("nepa_vit_base_patch14_swiglu_224", "base", True, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_large_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-L/14 with SwiGLU MLP, as in the paper's text."""
+    return _create("nepa_vit_large_patch14_swiglu_224", "large", True, pretrained, **kwargs)
+
+
+@register_model
+def nepa_vit_huge_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
+    """NEPA predictor, ViT-H/14 with SwiGLU MLP."""
+    return _create("nepa_vit_huge_patch14_swiglu_224", "huge", True, pretrained, **kwargs)
