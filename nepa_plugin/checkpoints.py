@@ -87,12 +87,12 @@ def load_backbone(source: str | Path, **model_args: Any) -> nn.Module:
     return model.eval()
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load ``state`` into ``model``, all of it or nothing.
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Check that ``state`` covers every weight of ``model`` with the right shape, and nothing else.
 
     Args:
-        model: The model; unchanged if an error is raised.
-        state: Its weights under its own names.
+        model: The model.
+        state: Weights under the model's own names.
         source: What to call the checkpoint in an error.
 
     Raises:
@@ -117,6 +117,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
             + "; ".join(problems)
             + ". Build the model with the checkpoint's size, or take the checkpoint of this model."
         )
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load ``state`` into ``model``, all of it or nothing. Arguments and errors as for :func:`check_fit`."""
+    check_fit(model, state, source)
     model.load_state_dict(state)
 
 
@@ -238,7 +243,7 @@ def save_backbone(
 
 def backbone_config(model: nn.Module) -> dict[str, Any]:
     """Return the timm ``config.json`` of a model, for storing inside a training checkpoint."""
-    from timm.models import save_config_for_hf
+    from timm.models._hub import save_config_for_hf
 
     with tempfile.TemporaryDirectory() as tmp:
         save_config_for_hf(model, str(Path(tmp) / CONFIG_NAME))

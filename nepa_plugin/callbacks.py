@@ -1,0 +1,101 @@
+"""What a run needs around Lightning: exact resume, one last checkpoint, logs that survive a restart."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+
+class StepSeed(Callback):
+    """Make the random numbers of every training batch a function of the seed and the batch's number.
+
+    RoPE rescaling, dropout and stochastic depth are then the same in a resumed run as in one that was never stopped,
+    and, as with Lightning's ``seed_everything``, the same on every rank.
+
+    Args:
+        seed: Seed of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed the generators."""
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        torch.manual_seed((self.seed * 1_000_003 + number) % 2**63)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep ``last.ckpt``: every n optimizer steps, at the end of each epoch, and on SIGTERM.
+
+    Only ever written between two optimizer steps, so that resuming from it is exact.
+
+    Args:
+        folder: Where ``last.ckpt`` goes.
+        every_n_steps: Optimizer steps between two checkpoints.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int) -> None:
+        super().__init__(
+            dirpath=str(folder),
+            filename="last",
+            save_top_k=1,
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+        )
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the epoch ended with."""
+        self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the end of the last epoch is saved, and by now the averaged weights have been put in place."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save on SIGTERM, which Lightning raises between batches, unless gradients are being accumulated."""
+        if isinstance(exception, SIGTERMException) and not trainer.fit_loop._should_accumulate():
+            self._save(trainer)
+            rank_zero_info(f"Stopped by SIGTERM after step {trainer.global_step}; go on with --ckpt_path last.")
+
+
+class KeepingCSVLogger(CSVLogger):
+    """Lightning's ``CSVLogger``, except that a file from before the restart is continued instead of deleted."""
+
+    @property
+    def experiment(self) -> Any:
+        """The writer, with the rows of earlier runs still in the file."""
+        if self._experiment is not None:
+            return self._experiment
+        path = Path(self.log_dir) / "metrics.csv"
+        kept = path.with_name("metrics.previous.csv")
+        if path.is_file():
+            shutil.copyfile(path, kept)
+        experiment = super().experiment
+        if kept.is_file() and self._experiment is not None:
+            kept.replace(path)
+            with path.open() as file:
+                self._experiment.metrics_keys = file.readline().strip().split(",")
+        return experiment
+
+
+class EpochLines(Callback):
+    """Print a line per epoch, where the output is no terminal and a progress bar would fill the log."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch, its last loss and the speed."""
+        if not trainer.is_global_zero:
+            return
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        shown = {"train_loss": "loss", "val_online_cls_top1": "val top-1", "images_per_second": "images/s"}
+        values = [f"{name} {float(trainer.callback_metrics[k]):.4g}" for k, name in shown.items() if k in trainer.callback_metrics]
+        print(f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {'  '.join(values)}", flush=True)

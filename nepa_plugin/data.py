@@ -1,0 +1,501 @@
+"""Images in: the data module, the transforms, and the embedded demo images.
+
+Every random choice about a sample (its place in the epoch, its crop, its flip) is a function of (seed, epoch, index).
+A resumed run therefore sees exactly what an uninterrupted one sees, whatever the number of workers.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightly.data import LightlyDataset
+from lightly.data.multi_view_collate import MultiViewCollate
+from PIL import Image, UnidentifiedImageError
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms as T
+
+from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+SampleKey = tuple[int, int]  # (epoch, index)
+
+
+class DataError(ValueError):
+    """The images cannot be used; the message names the file or folder and says what to do."""
+
+
+# -- transforms --------------------------------------------------------------------------------------------------------
+
+
+class NEPATransform:
+    """The published pretraining augmentation: one view by random resized crop and horizontal flip.
+
+    Source: RandomResizedCrop with torchvision's default scale, bilinear, flip, mean = std = 0.5 (arXiv 2512.16922).
+
+    Args:
+        input_size: Side of the view in pixels, or (height, width).
+        scale: Range of the crop's area as a fraction of the image.
+        hflip_prob: Probability of a horizontal flip.
+        mean: Per-channel mean to subtract, for values in [0, 1].
+        std: Per-channel standard deviation to divide by.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 224,
+        scale: tuple[float, float] = (0.08, 1.0),
+        hflip_prob: float = 0.5,
+        mean: tuple[float, ...] = NEPA_MEAN,
+        std: tuple[float, ...] = NEPA_STD,
+    ) -> None:
+        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.transform = T.Compose(
+            [
+                T.RandomResizedCrop(size, scale=tuple(scale), interpolation=T.InterpolationMode.BILINEAR),
+                T.RandomHorizontalFlip(hflip_prob),
+                T.ToTensor(),
+                T.Normalize(mean, std),
+            ]
+        )
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        """Return a list with the one view (3, H, W), as lightly's transforms do."""
+        return [self.transform(image)]
+
+
+def eval_transform(
+    input_size: int | tuple[int, int] = 224,
+    crop_pct: float = 0.875,
+    mean: tuple[float, ...] = NEPA_MEAN,
+    std: tuple[float, ...] = NEPA_STD,
+) -> Callable[[Image.Image], Tensor]:
+    """Return the evaluation transform: resize the shorter side, centre crop, normalise.
+
+    Args:
+        input_size: Side of the crop in pixels, or (height, width).
+        crop_pct: Crop over resized side; 0.875 gives the usual 256 -> 224.
+        mean: Per-channel mean.
+        std: Per-channel standard deviation.
+
+    Returns:
+        A function from a PIL image to a tensor (3, H, W).
+    """
+    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    resize = round(max(size) / crop_pct)
+    return T.Compose(
+        [
+            T.Resize(resize, interpolation=T.InterpolationMode.BICUBIC),
+            T.CenterCrop(size),
+            T.ToTensor(),
+            T.Normalize(mean, std),
+        ]
+    )
+
+
+# -- the embedded images -----------------------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """Return the folder for derived data: ``$NEPA_PLUGIN_CACHE``, by default ``~/.cache/nepa_plugin``."""
+    return Path(os.environ.get("NEPA_PLUGIN_CACHE") or Path.home() / ".cache" / "nepa_plugin")
+
+
+def digits_folder(root: str | Path | None = None) -> Path:
+    """Write scikit-learn's handwritten digits as an image folder, once, and return it.
+
+    1,797 real 8x8 scans, upscaled to 32x32: ``train/CLASS/*.png`` (the first 1,400) and ``val/CLASS/*.png`` (397).
+
+    Args:
+        root: Where to write; a folder ``digits`` in :func:`cache_dir` by default.
+
+    Returns:
+        The folder that holds ``train`` and ``val``.
+    """
+    from sklearn.datasets import load_digits
+
+    target = Path(root) if root else cache_dir() / "digits"
+    if target.is_dir():
+        return target
+    digits = load_digits()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=".digits-"))
+    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        folder = tmp / ("train" if i < 1400 else "val") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
+        image.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
+    try:
+        tmp.rename(target)  # atomic: another process may be doing the same
+    except OSError:
+        shutil.rmtree(tmp)
+    return target
+
+
+# -- checking files ----------------------------------------------------------------------------------------------------
+
+
+def _is_bad_image(path: str) -> bool:
+    """Whether a file is no readable image. Decodes it only if the end of the file looks cut off."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 16))
+            tail = file.read()
+        complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in tail) or (head == b"\x89PNG" and b"IEND" in tail)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:  # parses the header
+                if not complete:
+                    image.load()
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+        return True
+    return False
+
+
+def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
+    """Return those of ``files`` (relative to ``root``) that cannot be read as images.
+
+    The result is kept in :func:`cache_dir` and reused as long as names, sizes and times of the files are the same.
+
+    Args:
+        root: The image folder.
+        files: Paths relative to it.
+
+    Returns:
+        The unreadable ones, in order.
+    """
+    root = Path(root).resolve()
+
+    def stat(file: str) -> tuple[str, int, int]:
+        info = (root / file).stat()
+        return file, info.st_size, info.st_mtime_ns
+
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        signature = hashlib.sha256(repr(list(pool.map(stat, files))).encode()).hexdigest()
+        record = _check_record(root)
+        if record.is_file():
+            known = json.loads(record.read_text())
+            if known["signature"] == signature:
+                return list(known["bad"])
+        flags = pool.map(lambda file: _is_bad_image(str(root / file)), files)
+        bad = [file for file, is_bad in zip(files, flags, strict=True) if is_bad]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    tmp = record.with_suffix(f".{os.getpid()}")
+    tmp.write_text(json.dumps({"root": str(root), "signature": signature, "bad": bad}))
+    tmp.replace(record)
+    return bad
+
+
+def _check_record(root: Path) -> Path:
+    return cache_dir() / "checked" / (hashlib.sha256(str(root).encode()).hexdigest()[:24] + ".json")
+
+
+def image_folder(root: str | Path, what: str = "data.train_dir") -> LightlyDataset:
+    """Open an image folder as lightly reads it: with a sub-folder per class, or flat.
+
+    Args:
+        root: The folder.
+        what: What to call the folder's option in an error.
+
+    Returns:
+        The dataset of (image, class index, filename).
+
+    Raises:
+        DataError: If the folder is missing or holds no image.
+    """
+    path = Path(root)
+    if not path.is_dir():
+        raise DataError(f"{what}: no folder at {path}. Give a folder of images, with one sub-folder per class or flat.")
+    if not any(f.lower().endswith(IMAGE_EXTENSIONS) for _, _, files in os.walk(path) for f in files):
+        raise DataError(f"{what}: {path} holds no image. Known extensions: {', '.join(IMAGE_EXTENSIONS)}.")
+    try:
+        return LightlyDataset(str(path))
+    except (FileNotFoundError, RuntimeError) as error:
+        raise DataError(f"{what}: {path} cannot be read as an image folder: {error}") from error
+
+
+# -- samples and their order -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Make the global CPU generators a function of ``key`` inside the block, and as before after it."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+class SeededDataset(Dataset[tuple[Any, int, str]]):
+    """A view of a ``LightlyDataset`` whose augmentation depends on (seed, epoch, index) only.
+
+    Args:
+        dataset: The images.
+        transform: From a PIL image to a tensor, or a list of views.
+        seed: Seed of the run.
+        indices: The images to use, by index into ``dataset``.
+        on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
+    """
+
+    def __init__(
+        self,
+        dataset: LightlyDataset,
+        transform: Callable[[Image.Image], Any],
+        seed: int,
+        indices: list[int],
+        on_bad_image: str = "error",
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.indices = indices
+        self.on_bad_image = on_bad_image
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Any, int, str]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        for offset in range(len(self)):
+            position = self.indices[(index + offset) % len(self)]
+            try:
+                image, target, filename = self.dataset[position]
+            except (OSError, SyntaxError, ValueError) as error:
+                name = self.dataset.index_to_filename(self.dataset.dataset, position)
+                if self.on_bad_image == "skip":
+                    warnings.warn(f"Skipped {name}, which became unreadable: {error}", stacklevel=1)
+                    continue
+                raise DataError(f"{Path(self.dataset.input_dir or '.') / name} cannot be read: {error}") from error
+            with _seeded(self.seed, epoch, index):
+                return self.transform(image), target, filename
+        raise DataError(f"{self.dataset.input_dir} holds no readable image.")
+
+
+class EpochBatchSampler:
+    """Batches of (epoch, index) keys: a shuffle per epoch, split over processes, that can start anywhere.
+
+    Batch s of rank r holds positions ``s * world_size * batch_size + r * batch_size ...`` of the epoch's permutation, so
+    that the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
+    incomplete global batch of an epoch is dropped.
+
+    Args:
+        num_samples: Size of the dataset.
+        batch_size: Batch size per device.
+        seed: Seed of the run.
+        rank: This process.
+        world_size: Number of processes.
+        position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Callable[[int], tuple[int, int]] = lambda length: (0, 0),
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+
+    def __len__(self) -> int:
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, start = self.position(len(self))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+
+        def batches() -> Iterator[list[SampleKey]]:
+            for step in range(start, len(self)):
+                first = (step * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, i) for i in order[first : first + self.batch_size].tolist()]
+
+        return batches()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A ``DataLoader`` whose batch sampler knows where to go on; tells Lightning so by having a (stateless) state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is in the trainer's progress, which Lightning saves."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing, see :meth:`state_dict`."""
+
+
+class ImageData(LightningDataModule):
+    """Folders of images for any of the methods, read by lightly.
+
+    Args:
+        train_dir: Folder of training images: one sub-folder per class (ImageNet style), or flat (no labels).
+        val_dir: Folder of validation images for the online probe, with the same classes. Optional.
+        demo: ``"digits"`` uses scikit-learn's bundled handwritten digits instead of folders.
+        batch_size_per_device: Images per device and forward pass.
+        num_workers: Loader processes per device; by default the cores divided by the devices on this machine, at most
+            16, and none where there are two cores or fewer.
+        crop_pct: Centre crop over resized side of the validation images.
+        on_bad_image: ``"error"`` stops before training if a file is no readable image; ``"skip"`` leaves such files
+            out and counts them.
+        seed: Seed of the order and the augmentation; the command sets it to ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        train_dir: str | None = None,
+        val_dir: str | None = None,
+        demo: Literal["digits"] | None = None,
+        batch_size_per_device: int = 256,
+        num_workers: int | None = None,
+        crop_pct: float = 0.875,
+        on_bad_image: Literal["error", "skip"] = "error",
+        seed: int = 1337,
+    ) -> None:
+        super().__init__()
+        if train_dir is None and demo is None:
+            raise DataError("data.train_dir is not set: give a folder of images, or --data.demo digits.")
+        if batch_size_per_device < 1:
+            raise DataError(f"data.batch_size_per_device must be positive, got {batch_size_per_device}.")
+        if train_dir is None:
+            folder = digits_folder()
+            train_dir, val_dir = str(folder / "train"), str(folder / "val")
+        self.batch_size_per_device = batch_size_per_device
+        self.num_workers = num_workers
+        self.crop_pct = crop_pct
+        self.on_bad_image = on_bad_image
+        self.seed = seed
+        self.train_images = image_folder(train_dir, "data.train_dir")
+        self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
+        self._indices: dict[int, list[int]] = {}
+        classes, val_classes = _classes(self.train_images), _classes(self.val_images)
+        if val_classes and classes != val_classes:
+            odd = sorted(set(classes) ^ set(val_classes))[:6]
+            raise DataError(f"data.val_dir has other classes than data.train_dir: {', '.join(odd)} only in one of them.")
+        #: Number of classes; 0 where the folder has no labels.
+        self.num_classes = len(classes) if len(classes) > 1 else 0
+
+    def check_images(self) -> int:
+        """Find unreadable files before anything long starts.
+
+        Returns:
+            How many are skipped.
+
+        Raises:
+            DataError: If there are any and ``on_bad_image`` is ``"error"``, or if no image is left.
+        """
+        skipped = 0
+        for images in (self.train_images, self.val_images):
+            if images is None:
+                continue
+            files = images.get_filenames()
+            bad = set(find_bad_images(images.input_dir, files))
+            if bad and self.on_bad_image == "error":
+                names = ", ".join(str(Path(images.input_dir) / f) for f in sorted(bad)[:5])
+                raise DataError(
+                    f"{len(bad)} file(s) cannot be read as images: {names}{' ...' if len(bad) > 5 else ''}. Remove or "
+                    "repair them, or pass --data.on_bad_image skip."
+                )
+            self._indices[id(images)] = [i for i, file in enumerate(files) if file not in bad]
+            if not self._indices[id(images)]:
+                raise DataError(f"{images.input_dir} holds no readable image.")
+            skipped += len(bad)
+        return skipped
+
+    def setup(self, stage: str) -> None:
+        """Learn which images are used (from the record that rank zero's check left) and check that they suffice."""
+        if not self._indices:
+            self.check_images()
+        used = len(self._indices[id(self.train_images)])
+        world_size = self.trainer.world_size if self.trainer else 1
+        if used < self.batch_size_per_device * world_size:
+            raise DataError(
+                f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s); "
+                "lower --data.batch_size_per_device."
+            )
+
+    def _workers(self) -> int:
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        here = max(1, (self.trainer.num_devices if self.trainer else 1))
+        return 0 if cores <= 2 else min(16, cores // here)
+
+    def _dataset(self, images: LightlyDataset, transform: Callable[[Image.Image], Any]) -> SeededDataset:
+        return SeededDataset(images, transform, self.seed, self._indices[id(images)], self.on_bad_image)
+
+    def _position(self, length: int) -> tuple[int, int]:
+        """Return (epoch, batch) to go on at. Lightning's count of finished batches survives every kind of restart."""
+        assert self.trainer is not None
+        limit = self.trainer.limit_train_batches
+        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+        return divmod(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed, max(1, length))
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return batches of (views, labels, filenames), as lightly's methods take them."""
+        assert self.trainer is not None
+        workers = self._workers()
+        dataset = self._dataset(self.train_images, self.trainer.lightning_module.train_transform())
+        sampler = EpochBatchSampler(
+            len(dataset),
+            self.batch_size_per_device,
+            self.seed,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self._position,
+        )
+        return ResumableLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=MultiViewCollate(),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of (images, labels, filenames); every image once, whatever the number of processes."""
+        if self.val_images is None or self.num_classes == 0:
+            return []
+        assert self.trainer is not None
+        transform = self.trainer.lightning_module.eval_transform(self.crop_pct)
+        dataset = self._dataset(self.val_images, transform)
+        dataset.indices = dataset.indices[self.trainer.global_rank :: self.trainer.world_size]
+        workers = self._workers()
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size_per_device,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _classes(images: LightlyDataset | None) -> list[str]:
+    return list(getattr(images.dataset, "classes", [])) if images is not None else []

@@ -1,0 +1,62 @@
+"""Which devices a command uses, checked before anything is built."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class DeviceError(ValueError):
+    """The machine does not have what was asked for."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Accelerator and devices as Lightning takes them, and how many there are."""
+
+    accelerator: str
+    devices: Any
+    count: int
+
+
+def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices:
+    """Turn Lightning's ``accelerator`` and ``devices`` into what this machine has.
+
+    Args:
+        accelerator: ``"auto"`` (CUDA if there is one, else CPU), ``"cuda"``, ``"gpu"``, ``"cpu"``, or another of
+            Lightning's names, which is passed on.
+        devices: ``"auto"`` (every GPU; one process on the CPU), a number, or a list of GPU indices.
+
+    Returns:
+        The devices.
+
+    Raises:
+        DeviceError: If CUDA is asked for and missing, or more devices than there are.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator == "auto":
+        accelerator = "cuda" if gpus else "cpu"
+    if accelerator in ("gpu", "cuda"):
+        accelerator = "cuda"
+        if not gpus:
+            raise DeviceError("CUDA was asked for, but no CUDA device is available. Use --trainer.accelerator cpu.")
+    if accelerator not in ("cuda", "cpu"):
+        return Devices(accelerator, devices, devices if isinstance(devices, int) else 1)
+    available = gpus if accelerator == "cuda" else os.cpu_count() or 1
+    what = "CUDA device(s)" if accelerator == "cuda" else "CPU core(s) and no CUDA device in use"
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1):
+        count = gpus if accelerator == "cuda" else 1
+        return Devices(accelerator, count, count)
+    if isinstance(devices, str):
+        devices = [int(d) for d in devices.split(",") if d.strip()]
+    wanted = len(devices) if isinstance(devices, list) else int(devices)
+    missing = [d for d in devices if d >= available] if isinstance(devices, list) else []
+    if wanted < 1 or wanted > available or missing:
+        raise DeviceError(
+            f"--trainer.devices {devices} asks for more than this machine has: {available} {what}. Lower it, or leave "
+            "it out."
+        )
+    return Devices(accelerator, devices, wanted)

@@ -1,0 +1,248 @@
+"""What every self-supervised method shares: backbone, online probe, optimizer groups, schedule, EMA, logging."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from lightly.utils.benchmarking import OnlineLinearClassifier
+from lightly.utils.scheduler import CosineWarmupScheduler
+from PIL import Image
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+import nepa_plugin.data
+from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, backbone_config, load_weights, read_checkpoint
+from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
+
+Batch = tuple[list[Tensor], Tensor, list[str]]
+
+
+class Method(LightningModule):
+    """Base of the methods. A subclass adds its modules, its transform and its step.
+
+    Subclasses implement :meth:`step`, :meth:`forward` and :meth:`train_transform`; everything else is here.
+
+    Args:
+        batch_size_per_device: Images per device and forward pass; with devices and accumulation it scales the
+            learning rate.
+        num_classes: Classes of the online linear probe; 0 or 1 trains no probe.
+        backbone: timm model name.
+        img_size: Image size in pixels.
+        patch_size: Patch size in pixels; the named model's own by default.
+        drop_path_rate: Stochastic depth rate.
+        backbone_args: Further arguments of ``timm.create_model``.
+        init_from: Checkpoint whose weights the backbone starts from (anything ``load_backbone`` reads).
+        base_lr: Learning rate per 256 images of the global batch.
+        weight_decay: AdamW weight decay of matrices; biases, norms and LayerScale have none.
+        betas: AdamW betas.
+        warmup_fraction: Linear warm-up as a fraction of all steps.
+        warmup_steps: Linear warm-up in steps; overrides the fraction.
+        clip_grad_norm: Largest norm of the gradient (without the probe's); 0 turns clipping off.
+        ema_decay: Decay of the moving average of the weights, which is validated and exported; 0 turns it off.
+
+    Raises:
+        ValueError: If the sizes do not fit, or the backbone's name is unknown.
+    """
+
+    def __init__(
+        self,
+        batch_size_per_device: int = 256,
+        num_classes: int = 1000,
+        backbone: str = "nepa_vit_base_patch14_224",
+        img_size: int = 224,
+        patch_size: int | None = None,
+        drop_path_rate: float = 0.0,
+        backbone_args: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        base_lr: float = 3e-4,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_fraction: float = 0.025,
+        warmup_steps: int | None = None,
+        clip_grad_norm: float = 1.0,
+        ema_decay: float = 0.9999,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction must be in [0, 1), got {warmup_fraction}; use warmup_steps for steps.")
+        self.batch_size_per_device = batch_size_per_device
+        self.img_size = img_size
+        self.base_lr = base_lr
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.warmup_fraction = warmup_fraction
+        self.warmup_steps = warmup_steps
+        self.clip_grad_norm = clip_grad_norm
+        self.ema_decay = ema_decay
+        self.mean, self.std = NEPA_MEAN, NEPA_STD
+        args = {"img_size": img_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate}
+        try:
+            self.backbone: Any = timm.create_model(backbone, **(args | (backbone_args or {})))
+        except RuntimeError as error:
+            raise ValueError(f"backbone={backbone!r} is not a timm model: {error}") from error
+        if init_from is not None:
+            load_weights(self.backbone, read_checkpoint(init_from)[1], init_from)
+        self.online_classifier: OnlineLinearClassifier | None = None
+        if num_classes > 1:
+            self.online_classifier = OnlineLinearClassifier(
+                feature_dim=self.backbone.num_features,
+                num_classes=num_classes,
+                topk=(1, min(5, num_classes)),
+            )
+        self._clock: tuple[float, int] | None = None
+
+    # -- what a method adds --------------------------------------------------------------------------------------------
+
+    def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (loss, features (B, D) for the online probe) of a batch of views, each (B, C, H, W)."""
+        raise NotImplementedError
+
+    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
+        """Return the augmentation: from a PIL image to a list of views (C, H, W)."""
+        raise NotImplementedError
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def eval_transform(self, crop_pct: float = 0.875) -> Callable[[Image.Image], Tensor]:
+        """Return the evaluation transform that fits :meth:`train_transform`'s size and normalisation."""
+        return nepa_plugin.data.eval_transform(self.img_size, crop_pct, self.mean, self.std)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Train on one batch of (views, labels, filenames)."""
+        views, targets = batch[0], batch[1]
+        views = [views] if isinstance(views, Tensor) else views
+        loss, features = self.step(views)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        if self.online_classifier is None:
+            return loss
+        probe_loss, logs = self.online_classifier.training_step((features.detach(), targets), batch_idx)
+        self.log_dict(logs, sync_dist=True, batch_size=len(targets))
+        return loss + probe_loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor | None:
+        """Score the online probe on one batch of (images, labels, filenames)."""
+        if self.online_classifier is None:
+            return None
+        images, targets = batch[0], batch[1]
+        features = self.forward(images).flatten(start_dim=1)
+        loss, logs = self.online_classifier.validation_step((features, targets), batch_idx)
+        self.log_dict(logs, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        return loss
+
+    # -- optimization --------------------------------------------------------------------------------------------------
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimizer step: per device x devices x accumulated batches."""
+        return self.batch_size_per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Attach the moving average, also where a user builds the trainer."""
+        return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay else []
+
+    def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the trainable parameters without the probe's."""
+        return [
+            (name, p)
+            for name, p in self.named_parameters()
+            if p.requires_grad and not name.startswith("online_classifier.")
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with weight-decay groups, and linear warm-up then cosine to zero, per step."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("The schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+        steps = int(steps)
+        lr = self.base_lr * self.global_batch_size / 256
+        groups: dict[str, dict[str, Any]] = {
+            "decay": {"name": "decay", "params": [], "weight_decay": self.weight_decay},
+            "no_decay": {"name": "no_decay", "params": [], "weight_decay": 0.0},
+        }
+        for name, parameter in self._own_parameters():
+            matrix = parameter.ndim > 1 and not name.endswith(".bias")
+            groups["decay" if matrix else "no_decay"]["params"].append(parameter)
+        if self.online_classifier is not None:
+            probe = list(self.online_classifier.parameters())
+            groups["probe"] = {"name": "online_classifier", "params": probe, "weight_decay": 0.0}
+        optimizer = AdamW([g for g in groups.values() if g["params"]], lr=lr, betas=tuple(self.betas))
+        warmup = self._clamped_warmup(steps)
+        self._announce(lr, steps, warmup)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=0.0)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def _clamped_warmup(self, steps: int) -> int:
+        warmup = round(self.warmup_fraction * steps) if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps:
+            rank_zero_warn(f"The run has {steps} steps, its warm-up {warmup}: the warm-up is clamped to {steps // 2}.")
+            warmup = steps // 2
+        return warmup
+
+    def _announce(self, lr: float, steps: int, warmup: int) -> None:
+        trainer = self.trainer
+        rank_zero_info(
+            f"Global batch {self.global_batch_size} = {self.batch_size_per_device} per device x {trainer.world_size} "
+            f"device(s) x {trainer.accumulate_grad_batches} accumulated. Learning rate {lr:.3g} = {self.base_lr:.3g} x "
+            f"{self.global_batch_size} / 256, over {steps} steps, {warmup} of them warm-up."
+        )
+        if self.ema_decay and steps * (1 - self.ema_decay) < 2:
+            rank_zero_warn(
+                f"The moving average with decay {self.ema_decay} spans about {1 / (1 - self.ema_decay):.0f} steps, this "
+                f"run has {steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient by its norm and log it. The probe has its own loss, so its gradient does not count."""
+        limit = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
+        parameters = [p for _, p in self._own_parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+        self.log("grad_norm", norm)
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_logging_step(self) -> bool:
+        """Whether this step's values are written; anything costly to compute is computed only then."""
+        return self._trainer is not None and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def on_train_start(self) -> None:
+        """Start the clock of ``images_per_second``."""
+        self._clock = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the learning rate, and images per second since the last logged step, over all devices."""
+        trainer = self.trainer
+        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+            return
+        now = time.perf_counter()
+        if self._clock is not None and trainer.global_step > self._clock[1]:
+            images = (trainer.global_step - self._clock[1]) * self.global_batch_size
+            self.log("images_per_second", images / (now - self._clock[0]), prog_bar=True)
+        if self._clock is None or trainer.global_step > self._clock[1]:
+            self._clock = now, trainer.global_step
+        schedulers = self.lr_schedulers()
+        scheduler = schedulers[0] if isinstance(schedulers, list) else schedulers
+        if scheduler is not None:
+            self.log("lr", scheduler.get_last_lr()[0])  # type: ignore[union-attr]
+
+    def on_validation_end(self) -> None:
+        """Leave the time of a validation out of ``images_per_second``."""
+        self._clock = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store how to rebuild the backbone, so that ``load_backbone`` reads the checkpoint without this class."""
+        checkpoint[BACKBONE_CONFIG_KEY] = backbone_config(self.backbone)

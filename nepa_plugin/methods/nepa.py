@@ -1,0 +1,89 @@
+"""NEPA: predict the next patch's embedding under a causal mask (arXiv 2512.16922)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nepa_plugin.analysis.collapse import effective_rank, mean_pairwise_cosine
+from nepa_plugin.data import NEPATransform
+from nepa_plugin.loss import NextEmbeddingLoss
+from nepa_plugin.methods.base import Method
+from nepa_plugin.predictor import NepaViT
+
+
+class NEPA(Method):
+    """Next-Embedding Predictive Autoregression with the published recipe as defaults.
+
+    A drop-in for lightly's benchmark harness: ``NEPA(batch_size_per_device=..., num_classes=...)`` with the
+    module-level ``transform``. Source: arXiv 2512.16922, ImageNet-1K pretraining.
+
+    Args:
+        shift: Predict the next embedding; ``False`` predicts the same one (an ablation).
+        stop_gradient: Detach the targets; ``False`` lets them collapse (an ablation).
+        attention: ``"causal"``, or ``"bidirectional"`` (an ablation).
+        crop_scale: Range of the random crop's area as a fraction of the image.
+        hflip_prob: Probability of a horizontal flip.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+
+    Raises:
+        ValueError: If the backbone is not a ``nepa_vit_*`` model, or sizes do not fit.
+    """
+
+    #: Tokens among which the collapse diagnostics are computed.
+    DIAGNOSTIC_TOKENS = 1024
+
+    def __init__(
+        self,
+        *args: Any,
+        shift: bool = True,
+        stop_gradient: bool = True,
+        attention: str = "causal",
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        hflip_prob: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.backbone, NepaViT):
+            raise ValueError("NEPA needs a nepa_vit_* backbone: its predictions come from a causal transformer.")
+        self.backbone.set_attention(attention)  # type: ignore[arg-type]
+        self.criterion = NextEmbeddingLoss(shift=shift, stop_gradient=stop_gradient)
+        self.crop_scale = crop_scale
+        self.hflip_prob = hflip_prob
+        self.save_hyperparameters(logger=False)
+
+    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
+        """Return the published augmentation at this model's image size."""
+        return NEPATransform(self.img_size, self.crop_scale, self.hflip_prob, self.mean, self.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return image features.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+
+        Returns:
+            Mean of the patch tokens after the final norm, (B, D).
+        """
+        return self.backbone.forward_features(images)[:, 1:].mean(dim=1)
+
+    def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the next-embedding loss of the one view (B, C, H, W), and its features (B, D)."""
+        embeddings, predictions = self.backbone.predict_next(views[0])
+        if self.is_logging_step:
+            self._log_collapse(embeddings)
+        return self.criterion(embeddings, predictions), predictions[:, 1:].mean(dim=1)
+
+    @torch.no_grad()
+    def _log_collapse(self, embeddings: Tensor) -> None:
+        """Log how far the patch embeddings (B, T, D) are from having become one and the same vector."""
+        tokens = embeddings[:, 1:].flatten(0, 1)
+        # evenly spaced instead of drawn: the training step's random numbers stay the same whether it logs or not
+        tokens = tokens[:: max(1, len(tokens) // self.DIAGNOSTIC_TOKENS)][: self.DIAGNOSTIC_TOKENS]
+        self.log("embedding_cosine", mean_pairwise_cosine(tokens))
+        self.log("embedding_effective_rank", effective_rank(tokens))
+
+
+transform = NEPATransform()

@@ -1,0 +1,55 @@
+"""Figures of a run."""
+
+import csv
+from pathlib import Path
+
+PANELS = (
+    ("loss", ("train_loss",)),
+    ("online probe, top-1", ("train_online_cls_top1", "val_online_cls_top1")),
+    ("embeddings: mean cosine of random pairs", ("embedding_cosine",)),
+    ("embeddings: effective rank", ("embedding_effective_rank",)),
+)
+
+
+def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Return the curves of a ``metrics.csv``: name -> [(step, value), ...] by step, the latest value of each step.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The curves; a step that was trained twice (after a restart) appears once.
+    """
+    curves: dict[str, dict[int, float]] = {}
+    with Path(path).open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    curves.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: sorted(points.items()) for name, points in curves.items()}
+
+
+def plot_training(metrics: str | Path, path: str | Path) -> None:
+    """Draw loss, online probe and collapse diagnostics of a run.
+
+    Args:
+        metrics: The run's ``metrics.csv``.
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = read_metrics(metrics)
+    panels = [(title, [n for n in names if n in curves]) for title, names in PANELS]
+    panels = [(title, names) for title, names in panels if names]
+    figure = Figure(figsize=(4.6 * max(1, len(panels)), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (title, names) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for name in names:
+            axes.plot(*zip(*curves[name], strict=True), label=name, marker="." if len(curves[name]) < 30 else None)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,11 @@
+"""Pretrain a self-supervised method on a folder of images.
+
+python tools/pretrain.py --config lightly_configs/nepa_vit_b.yaml --data.train_dir /data/imagenet/train
+"""
+
+from pathlib import Path
+
+from nepa_plugin.cli import main
+
+if __name__ == "__main__":
+    main(base_config=Path(__file__).parent.parent / "lightly_configs" / "base.yaml")
