@@ -87,6 +87,22 @@ def load_backbone(source: str | Path, **model_args: Any) -> nn.Module:
     return model.eval()
 
 
+def untrained_like(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return the same architecture with fresh weights, as a floor to compare with.
+
+    Args:
+        model: A timm model that was built by name.
+        seed: Seed of the initialisation; the global generator is left as it was.
+
+    Returns:
+        The untrained model in evaluation mode.
+    """
+    config = backbone_config(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return timm.create_model(config["architecture"], **config.get("model_args", {})).eval()
+
+
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Check that ``state`` covers every weight of ``model`` with the right shape, and nothing else.
 

@@ -497,5 +497,36 @@ class ImageData(LightningDataModule):
         )
 
 
+def evaluation_loaders(
+    source: str | Path, model: Any, batch_size: int = 256, crop_pct: float | None = None
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return loaders of training and validation images without augmentation, in the model's size and normalisation.
+
+    Args:
+        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val``.
+        model: A timm model; its ``pretrained_cfg`` says how images are normalised.
+        batch_size: Images per batch.
+        crop_pct: Centre crop over resized side; by default the model's own, 1 for images of 64 pixels and less.
+
+    Returns:
+        Two loaders of (images, labels, filenames).
+
+    Raises:
+        DataError: If a folder is missing, holds no image, or has no or other classes.
+    """
+    root = digits_folder() if str(source) == "digits" else Path(source)
+    train, val = image_folder(root / "train", "training images"), image_folder(root / "val", "validation images")
+    if len(_classes(train)) < 2:
+        raise DataError(f"{root / 'train'} has no classes: evaluation needs one sub-folder per class.")
+    if _classes(train) != _classes(val):
+        raise DataError(f"{root / 'train'} and {root / 'val'} have different classes.")
+    config, size = model.pretrained_cfg, model.patch_embed.img_size
+    if crop_pct is None:
+        crop_pct = 1.0 if max(size) <= 64 else config["crop_pct"]
+    transform = eval_transform(size, crop_pct, config["mean"], config["std"])
+    train_set, val_set = (SeededDataset(d, transform, 0, list(range(len(d)))) for d in (train, val))
+    return DataLoader(train_set, batch_size=batch_size), DataLoader(val_set, batch_size=batch_size)
+
+
 def _classes(images: LightlyDataset | None) -> list[str]:
     return list(getattr(images.dataset, "classes", [])) if images is not None else []

@@ -80,8 +80,10 @@ class NEPA(Method):
     def _log_collapse(self, embeddings: Tensor) -> None:
         """Log how far the patch embeddings (B, T, D) are from having become one and the same vector."""
         tokens = embeddings[:, 1:].flatten(0, 1)
-        # evenly spaced instead of drawn: the training step's random numbers stay the same whether it logs or not
-        tokens = tokens[:: max(1, len(tokens) // self.DIAGNOSTIC_TOKENS)][: self.DIAGNOSTIC_TOKENS]
+        # Strides of a large prime instead of draws: spread over images and positions, and the training step's random
+        # numbers are the same whether it logs or not.
+        index = torch.arange(min(len(tokens), self.DIAGNOSTIC_TOKENS), device=tokens.device) * 1_000_003 % len(tokens)
+        tokens = tokens[index]
         self.log("embedding_cosine", mean_pairwise_cosine(tokens))
         self.log("embedding_effective_rank", effective_rank(tokens))
 
