@@ -66,15 +66,14 @@ def explain(message: str, known_keys: list[str]) -> str:
     if not unknown:
         return text
     key = unknown.group(1)
-    parent = re.search(r"Parser key ['\"]([\w.]+)['\"]", text)
-    if parent and not key.startswith(parent.group(1)):
-        key = f"{parent.group(1)}.{'init_args.' if parent.group(1) == 'model' else ''}{key.removeprefix('init_args.')}"
-    wanted = key.replace("model.init_args.", "model.")
-    names = {k.replace("model.init_args.", "model."): k for k in known_keys}
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
+    if "." not in key:  # jsonargparse names options of the method without their group
+        key = f"model.init_args.{key}"
+    elif key.startswith("model.") and not key.startswith("model.init_args."):
+        key = "model.init_args." + key.removeprefix("model.")
+    close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
     if not close:  # the right option under the wrong group
-        close = [n for n in names if n.rsplit(".", 1)[-1] == wanted.rsplit(".", 1)[-1]][:1]
-    hint = f"; did you mean `{names[close[0]]}`?" if close else "; see --help for all options."
+        close = [k for k in known_keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"; did you mean `{close[0]}`?" if close else "; see --help for all options."
     return f"config key `{key}`: no such option{hint}"
 
 

@@ -1,0 +1,72 @@
+import io
+
+import torch
+from rich.console import Console
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
+
+from nepa_plugin import NepaViT
+from nepa_plugin.evaluation import (
+    ReadoutRow,
+    extract_depth_features,
+    knn_accuracy,
+    logistic_probe,
+    readout,
+    readout_table,
+)
+
+
+def _loaders():
+    images, labels = load_digits(n_class=4, return_X_y=True)
+    images = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 8 - 1
+    images = torch.nn.functional.interpolate(images, size=(16, 16)).expand(-1, 3, -1, -1)
+    samples = [(images[i], int(labels[i]), str(i)) for i in range(200)]
+    return DataLoader(samples[:140], batch_size=64), DataLoader(samples[140:], batch_size=64)
+
+
+def _model():
+    torch.manual_seed(0)
+    return NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+
+
+def test_rows_equal_separate_probes():
+    model = _model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train, val = (extract_depth_features(model, loader, "cpu") for loader in _loaders())
+    rows = readout(train, val, k=5)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+    depths = ["embedding", "block 1", "block 2", "final norm"]
+    assert [(row.depth, row.pool) for row in rows] == [(d, p) for d in depths for p in ("last", "mean")]
+    for row in rows:
+        fit, score = train.features[row.depth][row.pool], val.features[row.depth][row.pool]
+        assert row.knn == knn_accuracy(fit, train.labels, score, val.labels, k=5)
+        assert row.linear == logistic_probe(fit, train.labels, score, val.labels)
+
+
+def _render(table, **kwargs):
+    stream = io.StringIO()
+    Console(file=stream, width=200, **kwargs).print(table)
+    return stream.getvalue()
+
+
+def test_table_values_and_bold():
+    rows = {
+        "untrained": [ReadoutRow("embedding", "last", 10.0, 20.0), ReadoutRow("final norm", "last", 30.0, 40.0)],
+        "pretrained": [
+            ReadoutRow("embedding", "last", 15.0, 25.0),
+            ReadoutRow("block 1", "last", 50.0, 87.25),
+            ReadoutRow("final norm", "last", 35.0, 45.0),
+        ],
+    }
+    table = readout_table(rows)
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    assert len(cells) == 1 + 2 * 2 * 2  # depth; models x poolings x probes
+    assert sorted(cells[0]) == ["block 1", "embedding", "final norm"]
+    by_depth = {depth: [column[i] for column in cells[1:]] for i, depth in enumerate(cells[0])}
+    empty = ["", ""]
+    assert by_depth["embedding"] == ["10.0", "20.0", *empty, "15.0", "25.0", *empty]
+    assert by_depth["block 1"] == [*empty, *empty, "[bold]50.0[/bold]", "[bold]87.2[/bold]", *empty]
+    assert by_depth["final norm"] == ["[bold]30.0[/bold]", "[bold]40.0[/bold]", *empty, "35.0", "45.0", *empty]
+    text = _render(table)
+    assert "untrained" in text and "pretrained" in text and "87.2" in text and "bold" not in text

@@ -1,0 +1,126 @@
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from conftest import TOY, TOY_CLASSIFIER
+from safetensors.torch import load_file, save_file
+
+import nepa_plugin
+from nepa_plugin import CheckpointError, NepaViT
+from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, backbone_config, untrained_like
+
+
+def same(a, b):
+    a, b = (m if isinstance(m, dict) else m.state_dict() for m in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_timm_folder_round_trip(toy, tmp_path, expected):
+    toy.set_attention("bidirectional")
+    nepa_plugin.save_backbone(toy, tmp_path / "b")
+    for model in (
+        nepa_plugin.load_backbone(tmp_path / "b"),
+        timm.create_model(f"local-dir:{tmp_path / 'b'}", pretrained=True).eval(),
+    ):
+        assert same(model, toy) and model.attention == "bidirectional"
+        assert torch.equal(model(expected["pixel_values"]), toy(expected["pixel_values"]))
+
+
+@pytest.mark.parametrize("folder", [TOY, TOY_CLASSIFIER])
+def test_published_round_trip_is_bit_exact(folder, tmp_path):
+    nepa_plugin.save_backbone(nepa_plugin.load_backbone(folder), tmp_path / "out", layout="nepa")
+    assert same(load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
+    configs = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "out")]
+    assert configs[0] == configs[1]
+
+
+def test_published_layout_of_a_gated_mlp(tmp_path):
+    model = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, swiglu_mlp=True, mlp_ratio=2.0)
+    nepa_plugin.save_backbone(model, tmp_path / "g", layout="nepa")
+    published = load_file(tmp_path / "g" / "model.safetensors")
+    gate = published["vit_nepa.encoder.layer.1.intermediate.gate_proj.weight"]
+    assert torch.equal(gate, model.blocks[1].mlp.fc1.weight[:64])
+    assert same(nepa_plugin.load_backbone(tmp_path / "g"), model)
+
+
+def test_sources(toy, tmp_path, monkeypatch):
+    assert same(nepa_plugin.load_backbone(TOY / "model.safetensors"), toy)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, revision=None: str(TOY / name))
+    assert same(nepa_plugin.load_backbone("someone/nepa"), toy)
+    state = {"backbone." + k: v for k, v in toy.state_dict().items()} | {"online_classifier.x": torch.zeros(1)}
+    torch.save({"state_dict": state, BACKBONE_CONFIG_KEY: backbone_config(toy)}, tmp_path / "a.ckpt")
+    assert same(nepa_plugin.load_backbone(tmp_path / "a.ckpt"), toy)
+
+
+def test_overrides(toy):
+    model = nepa_plugin.load_backbone(TOY, img_size=32, attention="bidirectional", drop_path_rate=0.1)
+    assert same(model, toy) and model(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64) and not model.is_causal
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("norm.bias"), "missing: norm.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"norm.bias is \(3,\), the model has \(64,\)"),
+    ],
+)
+def test_all_or_nothing(toy, tmp_path, edit, message):
+    nepa_plugin.save_backbone(toy, tmp_path / "b")
+    state = load_file(tmp_path / "b" / "model.safetensors")
+    edit(state)
+    save_file(state, tmp_path / "b" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        nepa_plugin.load_backbone(tmp_path / "b")
+
+
+def test_a_missing_part_of_a_fused_tensor_is_named(tmp_path):
+    shutil.copytree(TOY, tmp_path / "t")
+    state = load_file(TOY / "model.safetensors")
+    del state["vit_nepa.encoder.layer.1.attention.attention.key.weight"]
+    save_file(state, tmp_path / "t" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer\.1\.attention\.attention\.key\.weight"):
+        nepa_plugin.load_backbone(tmp_path / "t")
+
+
+def test_damaged_and_missing(tmp_path):
+    shutil.copytree(TOY, tmp_path / "t")
+    (tmp_path / "t" / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(CheckpointError, match="damaged"):
+        nepa_plugin.load_backbone(tmp_path / "t")
+    with pytest.raises(FileNotFoundError, match="No checkpoint at"):
+        nepa_plugin.load_backbone(tmp_path / "nothing")
+    (tmp_path / "t" / "config.json").write_text('{"model_type": "bert"}')
+    shutil.copy(TOY / "model.safetensors", tmp_path / "t" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="neither a timm config"):
+        nepa_plugin.load_backbone(tmp_path / "t")
+
+
+class _Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickle_is_executed(tmp_path):
+    torch.save({"state_dict": {}, "x": _Attack(tmp_path / "hacked")}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="tensors only"):
+        nepa_plugin.load_backbone(tmp_path / "a.ckpt")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_nothing_is_overwritten(toy, tmp_path):
+    nepa_plugin.save_backbone(toy, tmp_path / "b")
+    with pytest.raises(FileExistsError, match="exists"):
+        nepa_plugin.save_backbone(toy, tmp_path / "b")
+
+
+def test_untrained_like(toy):
+    state = torch.get_rng_state()
+    fresh = untrained_like(toy)
+    assert not torch.equal(fresh.patch_embed.proj.weight, toy.patch_embed.proj.weight)
+    assert torch.equal(state, torch.get_rng_state()) and fresh.embed_dim == 64

@@ -1,0 +1,232 @@
+import pytest
+import timm
+import torch
+from conftest import TOY_CLASSIFIER
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nepa_plugin
+from nepa_plugin import NepaViT, NextEmbeddingLoss
+
+SIZES = ("tiny", "small", "base", "large", "huge")
+
+
+def near(a, b, tolerance):
+    return (a - b).abs().max().item() <= tolerance
+
+
+def test_parity_of_every_hidden_state(toy, expected):
+    images = expected["pixel_values"]
+    embeddings, predictions = toy.predict_next(images)
+    assert near(embeddings, expected["input_embedding"], 1e-5)
+    assert near(embeddings, expected["hidden_states.0"], 1e-5)
+    final, blocks = toy.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+    for i, (patches, prefix) in enumerate(blocks[:-1]):
+        assert near(torch.cat([prefix, patches], 1), expected[f"hidden_states.{i + 1}"], 1e-5)
+    for output in (predictions, final, toy.forward_features(images), toy(images)):
+        assert near(output, expected["hidden_states.3"], 1e-5)
+    assert near(predictions, expected["last_hidden_state"], 1e-5)
+
+
+def test_parity_of_attention_probabilities(toy, expected):
+    seen = []
+    for block in toy.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    toy(expected["pixel_values"])
+    assert len(seen) == 3
+    for i, probabilities in enumerate(seen):
+        assert near(probabilities, expected[f"attentions.{i}"], 1e-5)
+
+
+def test_parity_bidirectional(toy, expected):
+    toy.set_attention("bidirectional")
+    assert near(toy(expected["pixel_values"]), expected["last_hidden_state_bidirectional"], 1e-5)
+
+
+def test_parity_of_the_classifier():
+    expected, model = load_file(TOY_CLASSIFIER / "expected.safetensors"), nepa_plugin.load_backbone(TOY_CLASSIFIER)
+    assert near(model(expected["pixel_values"]), expected["logits_causal"], 1e-5)
+    model.set_attention("bidirectional")
+    assert near(model(expected["pixel_values"]), expected["logits_bidirectional"], 1e-5)
+
+
+@pytest.mark.parametrize("patch", [0, 5, 15])
+def test_a_patch_changes_no_earlier_prediction(small, patch):
+    torch.nn.init.normal_(small.blocks[0].gamma_1)  # LayerScale starts so small that attention hardly shows
+    images = torch.randn(2, 3, 16, 16)
+    changed = images.clone()
+    row, column = divmod(patch, 4)
+    changed[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 1
+    small.eval()
+    difference = (small(changed) - small(images)).abs().amax(dim=(0, 2))
+    token = patch + 1  # the class token is first
+    assert difference[:token].max() == 0 if token else True
+    assert difference[token:].min() > 1e-6
+    small.set_attention("bidirectional")
+    difference = (small(changed) - small(images)).abs().amax(dim=(0, 2))
+    assert difference.min() > 1e-6
+
+
+def test_unknown_attention_mode(small):
+    with pytest.raises(ValueError, match="'masked' is not one of"):
+        small.set_attention("masked")
+    with pytest.raises(ValueError, match="is not one of"):
+        NepaViT(img_size=16, patch_size=4, attention="full")
+
+
+def test_registered_names_and_sizes():
+    names = {f"nepa_vit_{size}_patch14{mlp}_224" for size in SIZES for mlp in ("", "_swiglu")}
+    assert set(timm.list_models("nepa_vit*")) == names
+    base, gated = timm.create_model("nepa_vit_base_patch14_224"), timm.create_model("nepa_vit_base_patch14_swiglu_224")
+    count = [sum(p.numel() for p in m.parameters()) for m in (base, gated)]
+    assert count == [85_527_552, 85_539_840]
+    assert (len(base.blocks), base.embed_dim, base.blocks[0].attn.num_heads) == (12, 768, 12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_name_builds(size):
+    for mlp in ("", "_swiglu"):
+        model = timm.create_model(f"nepa_vit_{size}_patch14{mlp}_224", depth=1, img_size=28)
+        assert model(torch.randn(1, 3, 28, 28)).shape == (1, 5, model.embed_dim)
+
+
+def test_timm_arguments():
+    model = timm.create_model(
+        "nepa_vit_tiny_patch14_224", depth=3, img_size=(8, 24), patch_size=4, in_chans=1, drop_path_rate=0.2
+    )
+    assert model.blocks[2].drop_path1.drop_prob == pytest.approx(0.2)
+    assert model(torch.randn(2, 1, 8, 24)).shape == (2, 13, 192)
+    dynamic = timm.create_model("nepa_vit_tiny_patch14_224", depth=2, dynamic_img_size=True)
+    assert dynamic(torch.randn(1, 3, 28, 56)).shape == (1, 9, 192)
+    features = timm.create_model("nepa_vit_tiny_patch14_224", depth=4, img_size=28, features_only=True, out_indices=(1, 3))
+    assert [tuple(f.shape) for f in features(torch.randn(1, 3, 28, 28))] == [(1, 192, 2, 2)] * 2
+    model.set_input_size(img_size=(16, 16))
+    assert model(torch.randn(2, 1, 16, 16)).shape == (2, 17, 192)
+
+
+def test_dynamic_size_equals_fixed_size(small):
+    dynamic = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, dynamic_img_size=True)
+    dynamic.load_state_dict(small.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    assert near(dynamic.eval()(images), small.eval()(images), 1e-6)
+
+
+def test_intermediate_layers(small):
+    images = torch.randn(2, 3, 16, 16)
+    small.eval()
+    maps = small.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    assert torch.equal(small.get_intermediate_layers(images, n=2, reshape=True)[1], maps[1])
+    (tokens,) = small.get_intermediate_layers(images, n=[0])
+    assert torch.equal(tokens, maps[0].flatten(2).mT)
+    ((patches, prefix),) = small.get_intermediate_layers(images, n=1, return_prefix_tokens=True, norm=True)
+    assert near(torch.cat([prefix, patches], 1), small(images), 1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(small):
+    images, gradients = torch.randn(2, 3, 16, 16), []
+    for enable in (False, True):
+        small.set_grad_checkpointing(enable)
+        small.zero_grad()
+        torch.manual_seed(1)
+        NextEmbeddingLoss()(*small.train().predict_next(images)).backward()
+        gradients.append([p.grad.clone() for p in small.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_sizes_that_do_not_fit(small):
+    with pytest.raises(ValueError, match=r"\(30, 30\) is not divisible by patch size \(4, 4\).*\(32, 32\)"):
+        NepaViT(img_size=30, patch_size=4)
+    with pytest.raises(ValueError, match="built for images of"):
+        small(torch.randn(1, 3, 20, 20))
+    with pytest.raises(ValueError, match="shape"):
+        small(torch.randn(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="multiple of 4 x num_heads"):
+        NepaViT(img_size=16, patch_size=4, embed_dim=36, num_heads=2)
+    with pytest.raises(ValueError, match="not divisible"):
+        small.set_input_size(img_size=18)
+
+
+@pytest.mark.parametrize("option", ["dynamic_img_pad", "dynamic_img_resize"])
+def test_padding_or_resizing_if_asked_for(option):
+    model = NepaViT(img_size=18, patch_size=4, embed_dim=32, depth=1, num_heads=2, **{option: True}).eval()
+    images = torch.randn(1, 3, 18, 21)
+    (feature_map,) = model.get_intermediate_layers(images, reshape=True)
+    assert feature_map.shape == (1, 32, 5, 6)
+    if option == "dynamic_img_pad":
+        other = torch.nn.functional.pad(images, (0, 3, 0, 2))
+    else:
+        other = torch.nn.functional.interpolate(images, (20, 24), mode="bilinear", antialias=True)
+    assert torch.equal(model(images), model(other))
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    model = NepaViT(img_size=28, patch_size=14, embed_dim=384, depth=6, num_heads=6, num_classes=5)
+    for name, module in model.named_modules():
+        if name == "head":
+            assert module.weight.abs().max() == 0
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.03), name  # no rescaling by depth
+            assert module.bias.abs().max() == 0, name
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert all((block.gamma_1 == 1e-5).all() and (block.gamma_2 == 1e-5).all() for block in model.blocks)
+    assert not list(model.blocks[0].attn.q_norm.parameters())
+
+
+def test_rope_rescaling_only_in_training():
+    model = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, init_values=1.0)
+    images = torch.randn(1, 3, 16, 16)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        return model(images)
+
+    model.train()
+    assert torch.equal(run(0), run(0)) and not near(run(0), run(1), 1e-5)
+    model.eval()
+    assert torch.equal(run(0), run(1))
+    fixed = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, rope_rescale_coords=1.0)
+    assert torch.equal(fixed.train()(images), fixed.eval()(images))
+
+
+def test_rope_angles_are_float32(small):
+    reference = small.eval().rope.get_embed(shape=(4, 4))
+    small.bfloat16()
+    assert small.rope.get_embed(shape=(4, 4)).dtype == torch.float32
+    assert torch.equal(small.rope.get_embed(shape=(4, 4)), reference)
+
+
+class _Record(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.attention = set(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.attention.append((str(func), args, kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.shapes.add(tuple(tensor.shape))
+        return out
+
+
+def test_no_mask_and_no_attention_matrix_in_training():
+    model = NepaViT(img_size=24, patch_size=4, embed_dim=32, depth=2, num_heads=2).train()
+    tokens = 37
+    with _Record() as record:
+        NextEmbeddingLoss()(*model.predict_next(torch.randn(2, 3, 24, 24))).backward()
+    assert any(shape == (2, tokens, 32) for shape in record.shapes)
+    assert not [shape for shape in record.shapes if shape[-2:] == (tokens, tokens)]
+    assert len(record.attention) == 2
+    for name, args, kwargs in record.attention:
+        assert "flash" in name or "fused" in name
+        assert args[4] is True and kwargs.get("attn_mask") is None  # is_causal
+
+
+def test_reset_classifier_gives_a_pooled_head(small):
+    small.reset_classifier(7)
+    assert small(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+    assert isinstance(small.fc_norm, nn.LayerNorm) and small.head.weight.abs().max() == 0
