@@ -11,6 +11,8 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from nepa_plugin.data import trained_batches
+
 
 class StepSeed(Callback):
     """Make the random numbers of every training batch a function of the seed and the batch's number.
@@ -27,8 +29,7 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed the generators."""
-        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        torch.manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        torch.manual_seed((self.seed * 1_000_003 + trained_batches(trainer)) % 2**63)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -51,7 +52,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.global_step and self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,5 +98,9 @@ class EpochLines(Callback):
             return
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         shown = {"train_loss": "loss", "val_online_cls_top1": "val top-1", "images_per_second": "images/s"}
-        values = [f"{name} {float(trainer.callback_metrics[k]):.4g}" for k, name in shown.items() if k in trainer.callback_metrics]
+        values = [
+            f"{name} {float(trainer.callback_metrics[k]):.4g}"
+            for k, name in shown.items()
+            if k in trainer.callback_metrics
+        ]
         print(f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {'  '.join(values)}", flush=True)

@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from nepa_plugin.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, StepSeed
@@ -43,7 +43,12 @@ class PretrainParser(LightningArgumentParser):
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [s for c in cls.__subclasses__() for s in [c, *_subclasses(c)]]
+    below: list[type] = cls.__subclasses__()
+    return below + [deeper for sub in below for deeper in _subclasses(sub)]
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def explain(message: str, known_keys: list[str]) -> str:
@@ -61,12 +66,16 @@ def explain(message: str, known_keys: list[str]) -> str:
         re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
         or re.search(r"[Kk]ey ['\"]([\w.]+)['\"] (?:is not expected|does not exist|not accepted)", text)
         or re.search(r"Option ['\"]([\w.]+)['\"] is not accepted", text)
+        or re.search(r"(?:does not accept|not accept) (?:option|nested key) ['\"]([\w.]+)['\"]", text)
         or re.search(r"No action for key ['\"]([\w.]+)['\"]", text)
     )
     if not unknown:
         return text
     key = unknown.group(1)
-    if "." not in key:  # jsonargparse names options of the method without their group
+    group = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
+    if group:
+        key = f"{group.group(1)}.{key}"
+    elif "." not in key:  # jsonargparse names options of the method without their group
         key = f"model.init_args.{key}"
     elif key.startswith("model.") and not key.startswith("model.init_args."):
         key = "model.init_args." + key.removeprefix("model.")
@@ -150,8 +159,8 @@ class PretrainCLI(LightningCLI):
             raise UsageError(f"--ckpt_path: no checkpoint at {resume}. Give a .ckpt file, 'last' or 'auto'.")
         own = resume is not None and self.run_dir.resolve() in resume.resolve().parents
         used = self.run_dir.is_dir() and any(self.run_dir.iterdir())
-        # Other ranks start after rank zero has written; and 'auto' may find a run that died before its first checkpoint.
-        if used and not own and wanted != "auto" and rank_zero_only.rank == 0:
+        # Other ranks start after rank zero has written; 'auto' may find a run that died before its first checkpoint.
+        if used and not own and wanted != "auto" and _is_rank_zero():
             raise UsageError(
                 f"The run folder {self.run_dir} exists. Choose another with --run_dir, or go on with --ckpt_path last."
             )
@@ -187,10 +196,11 @@ class PretrainCLI(LightningCLI):
 
     def check(self) -> None:
         """Check images and checkpoint before training."""
-        if rank_zero_only.rank == 0:
+        if _is_rank_zero():
             skipped = self.datamodule.check_images()
             if skipped:
                 rank_zero_info(f"Skipped {skipped} file(s) that cannot be read as images.")
+            self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
             if self.resume_from is not None:
                 self._check_checkpoint(self.resume_from)
 
@@ -199,7 +209,7 @@ class PretrainCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train, then export the backbone and draw the curves."""
-        if rank_zero_only.rank == 0:
+        if _is_rank_zero():
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._save_config()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resume_from, weights_only=True)
@@ -234,7 +244,7 @@ def main(args: list[str] | None = None, base_config: Path | None = None) -> None
         base_config: YAML file that is read before any ``--config``.
 
     Raises:
-        SystemExit: With status 2 and one line on stderr if the input is bad.
+        SystemExit: With status 2 and one line on stderr if the input is bad, 143 if stopped by SIGTERM.
     """
     try:
         cli = PretrainCLI(
@@ -256,6 +266,8 @@ def main(args: list[str] | None = None, base_config: Path | None = None) -> None
         cli.fit()
     except (DataError, CheckpointError) as error:
         _exit(error)
+    except SIGTERMException:
+        sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -295,8 +295,8 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
 class EpochBatchSampler:
     """Batches of (epoch, index) keys: a shuffle per epoch, split over processes, that can start anywhere.
 
-    Batch s of rank r holds positions ``s * world_size * batch_size + r * batch_size ...`` of the epoch's permutation, so
-    that the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
+    Batch s of rank r holds positions ``(s * world_size + r) * batch_size ...`` of the epoch's permutation, so that
+    the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
     incomplete global batch of an epoch is dropped.
 
     Args:
@@ -343,12 +343,22 @@ class EpochBatchSampler:
 class ResumableLoader(DataLoader[Any]):
     """A ``DataLoader`` whose batch sampler knows where to go on; tells Lightning so by having a (stateless) state."""
 
+    def __iter__(self) -> Any:
+        # Lightning asks for an iterator before it restores its progress from a checkpoint. Nothing may be decided, and
+        # no worker may prefetch, until the first batch is asked for.
+        yield from super().__iter__()
+
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the position is in the trainer's progress, which Lightning saves."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing, see :meth:`state_dict`."""
+
+
+def trained_batches(trainer: Any) -> int:
+    """Return how many batches a run has been trained on, over all epochs and restarts."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
 class ImageData(LightningDataModule):
@@ -397,7 +407,9 @@ class ImageData(LightningDataModule):
         classes, val_classes = _classes(self.train_images), _classes(self.val_images)
         if val_classes and classes != val_classes:
             odd = sorted(set(classes) ^ set(val_classes))[:6]
-            raise DataError(f"data.val_dir has other classes than data.train_dir: {', '.join(odd)} only in one of them.")
+            raise DataError(
+                f"data.val_dir has other classes than data.train_dir: {', '.join(odd)} only in one of them."
+            )
         #: Number of classes; 0 where the folder has no labels.
         self.num_classes = len(classes) if len(classes) > 1 else 0
 
@@ -428,17 +440,27 @@ class ImageData(LightningDataModule):
             skipped += len(bad)
         return skipped
 
-    def setup(self, stage: str) -> None:
-        """Learn which images are used (from the record that rank zero's check left) and check that they suffice."""
-        if not self._indices:
-            self.check_images()
+    def check_batch(self, world_size: int) -> None:
+        """Check that there are enough images for one batch.
+
+        Args:
+            world_size: Number of devices.
+
+        Raises:
+            DataError: If there are not.
+        """
         used = len(self._indices[id(self.train_images)])
-        world_size = self.trainer.world_size if self.trainer else 1
         if used < self.batch_size_per_device * world_size:
             raise DataError(
                 f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s); "
-                "lower --data.batch_size_per_device."
+                "lower --data.batch_size_per_device (and --global_batch_size)."
             )
+
+    def setup(self, stage: str) -> None:
+        """Learn which images are used; the record of rank zero's check makes this quick on the others."""
+        if not self._indices:
+            self.check_images()
+        self.check_batch(self.trainer.world_size if self.trainer else 1)
 
     def _workers(self) -> int:
         if self.num_workers is not None:
@@ -455,7 +477,7 @@ class ImageData(LightningDataModule):
         assert self.trainer is not None
         limit = self.trainer.limit_train_batches
         length = min(length, limit) if isinstance(limit, int) else int(length * limit)
-        return divmod(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed, max(1, length))
+        return divmod(trained_batches(self.trainer), max(1, length))
 
     def train_dataloader(self) -> ResumableLoader:
         """Return batches of (views, labels, filenames), as lightly's methods take them."""

@@ -277,7 +277,7 @@ class NepaViT(Eva):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """``Eva.forward_intermediates`` in the model's attention mode (timm's arguments and return values)."""
         causal = self.is_causal if is_causal is None else is_causal
-        return super().forward_intermediates(self._prepare(x), *args, is_causal=causal, **kwargs)
+        return super().forward_intermediates(self._prepare(x), *args, **kwargs, is_causal=causal)  # type: ignore[misc]
 
     def get_intermediate_layers(
         self,

@@ -100,7 +100,9 @@ def test_timm_arguments():
     assert model(torch.randn(2, 1, 8, 24)).shape == (2, 13, 192)
     dynamic = timm.create_model("nepa_vit_tiny_patch14_224", depth=2, dynamic_img_size=True)
     assert dynamic(torch.randn(1, 3, 28, 56)).shape == (1, 9, 192)
-    features = timm.create_model("nepa_vit_tiny_patch14_224", depth=4, img_size=28, features_only=True, out_indices=(1, 3))
+    features = timm.create_model(
+        "nepa_vit_tiny_patch14_224", depth=4, img_size=28, features_only=True, out_indices=(1, 3)
+    )
     assert [tuple(f.shape) for f in features(torch.randn(1, 3, 28, 28))] == [(1, 192, 2, 2)] * 2
     model.set_input_size(img_size=(16, 16))
     assert model(torch.randn(2, 1, 16, 16)).shape == (2, 17, 192)

@@ -28,14 +28,16 @@ def similarity_maps(model: NepaViT, images: Tensor, queries: Sequence[int]) -> T
         ValueError: If a query is no patch of these images.
     """
     was_training = model.training
-    embeddings, predictions = model.eval().predict_next(images)
-    model.train(was_training)
+    try:
+        embeddings, predictions = model.eval().predict_next(images)
+    finally:
+        model.train(was_training)
     patches = normalize(embeddings[:, model.num_prefix_tokens :].float(), dim=-1)
     odd = [q for q in queries if not 0 <= q < patches.shape[1]]
     if odd:
         raise ValueError(f"Query patches {odd} are not in 0..{patches.shape[1] - 1}.")
     predicted = normalize(predictions[:, list(queries)].float(), dim=-1)
-    rows, columns = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     return (predicted @ patches.mT).unflatten(-1, (rows, columns))
 
 

@@ -29,7 +29,7 @@ def depth_names(model: nn.Module) -> list[str]:
     return ["embedding", *(f"block {i + 1}" for i in range(len(model.blocks))), "final norm"]  # type: ignore[arg-type]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_depth_features(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Any]], device: str | torch.device = "cpu"
 ) -> DepthFeatures:
@@ -53,7 +53,7 @@ def extract_depth_features(
     hooks = [blocks[0].register_forward_pre_hook(lambda module, args: states.__setitem__("embedding", args[0]))]
     hooks += [block.register_forward_hook(keep(f"block {i + 1}")) for i, block in enumerate(blocks)]
     hooks.append(model.norm.register_forward_hook(keep("final norm")))  # type: ignore[union-attr]
-    was_training, prefix = model.training, int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    modes, prefix = [(m, m.training) for m in model.modules()], int(model.num_prefix_tokens)  # type: ignore[arg-type]
     pooled: dict[str, dict[str, list[Tensor]]] = {name: {pool: [] for pool in POOLS} for name in names}
     labels = []
     model.eval().to(device)
@@ -67,7 +67,8 @@ def extract_depth_features(
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     if not labels:
         raise ValueError("There are no images to extract features from.")
     return DepthFeatures({n: {p: torch.cat(v) for p, v in by.items()} for n, by in pooled.items()}, torch.cat(labels))

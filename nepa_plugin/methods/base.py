@@ -174,7 +174,7 @@ class Method(LightningModule):
         if self.online_classifier is not None:
             probe = list(self.online_classifier.parameters())
             groups["probe"] = {"name": "online_classifier", "params": probe, "weight_decay": 0.0}
-        optimizer = AdamW([g for g in groups.values() if g["params"]], lr=lr, betas=tuple(self.betas))
+        optimizer = AdamW([g for g in groups.values() if g["params"]], lr=lr, betas=(self.betas[0], self.betas[1]))
         warmup = self._clamped_warmup(steps)
         self._announce(lr, steps, warmup)
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=0.0)
@@ -196,8 +196,8 @@ class Method(LightningModule):
         )
         if self.ema_decay and steps * (1 - self.ema_decay) < 2:
             rank_zero_warn(
-                f"The moving average with decay {self.ema_decay} spans about {1 / (1 - self.ema_decay):.0f} steps, this "
-                f"run has {steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
+                f"The moving average with decay {self.ema_decay} spans {1 / (1 - self.ema_decay):.0f} steps, this run "
+                f"has {steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
             )
 
     def configure_gradient_clipping(
@@ -217,7 +217,11 @@ class Method(LightningModule):
     @property
     def is_logging_step(self) -> bool:
         """Whether this step's values are written; anything costly to compute is computed only then."""
-        return self._trainer is not None and (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        return self._trainer is not None and (self.trainer.global_step + 1) % self._log_every == 0
+
+    @property
+    def _log_every(self) -> int:
+        return int(getattr(self.trainer, "log_every_n_steps", 50))
 
     def on_train_start(self) -> None:
         """Start the clock of ``images_per_second``."""
@@ -226,7 +230,7 @@ class Method(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the learning rate, and images per second since the last logged step, over all devices."""
         trainer = self.trainer
-        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step == 0 or trainer.global_step % self._log_every:
             return
         now = time.perf_counter()
         if self._clock is not None and trainer.global_step > self._clock[1]:
