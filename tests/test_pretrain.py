@@ -77,9 +77,11 @@ def test_the_exported_backbone_is_the_moving_average(reference):
     assert torch.equal(nepa_plugin.load_backbone(reference / "backbone")(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("stop", [7, 10])
-def test_resume_is_exact(reference, tmp_path, stop):
+@pytest.mark.parametrize(("stop", "workers"), [(7, 0), (7, 1), (10, 0)])
+def test_resume_is_exact(reference, tmp_path, stop, workers):
     """Also in the middle of an epoch (10 steps each) and at its end."""
+
+    options = ["--checkpoint_every_n_steps", stop, "--data.num_workers", workers]
 
     class Stop(Exception):
         pass
@@ -94,11 +96,11 @@ def test_resume_is_exact(reference, tmp_path, stop):
     nepa_plugin.methods.NEPA.on_train_batch_start = bomb
     try:
         with pytest.raises(Stop):
-            run("--run_dir", tmp_path / "r", "--checkpoint_every_n_steps", stop)
+            run("--run_dir", tmp_path / "r", *options)
     finally:
         nepa_plugin.methods.NEPA.on_train_batch_start = original
     before = curve(tmp_path / "r")
-    run("--run_dir", tmp_path / "r", "--ckpt_path", "last", "--checkpoint_every_n_steps", stop)
+    run("--run_dir", tmp_path / "r", "--ckpt_path", "last", *options)
     after = curve(tmp_path / "r")
     assert after == curve(reference)
     assert before.items() <= after.items()  # nothing that was written is lost

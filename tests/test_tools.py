@@ -1,0 +1,63 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import TOY
+from PIL import Image
+from safetensors.torch import load_file
+
+import nepa_plugin
+
+TOOLS = Path(__file__).parent.parent / "tools"
+
+
+def tool(name, *args):
+    argv, sys.argv = sys.argv, [name, *map(str, args)]
+    try:
+        runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = timm.create_model("nepa_vit_tiny_patch14_224", **sizes)
+    return nepa_plugin.save_backbone(model, tmp_path / "backbone")
+
+
+@pytest.mark.slow
+def test_evaluate_prints_and_writes_the_readout(backbone, tmp_path, capsys):
+    tool("evaluate", backbone, "--data", "digits", "--out", tmp_path)
+    assert "block 1" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "readout.json").read_text())
+    assert [r["depth"] for r in rows["pretrained"][::2]] == ["embedding", "block 1", "final norm"]
+    assert all(5 < r[probe] <= 100 for r in rows["pretrained"] for probe in ("knn", "linear"))
+
+
+def test_visualize_writes_the_figure(backbone, tmp_path):
+    tool("visualize", backbone, "--data", "digits", "--out", tmp_path / "s.png", "--images", 2)
+    with Image.open(tmp_path / "s.png") as image:
+        assert min(image.size) > 200
+
+
+def test_convert_there_and_back(tmp_path):
+    tool("convert_checkpoint", TOY, tmp_path / "timm")
+    tool("convert_checkpoint", tmp_path / "timm", tmp_path / "nepa", "--layout", "nepa")
+    a, b = load_file(TOY / "model.safetensors"), load_file(tmp_path / "nepa" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(SystemExit, match="exists"):
+        tool("convert_checkpoint", TOY, tmp_path / "timm")
+
+
+@pytest.mark.parametrize("name", ["evaluate", "visualize"])
+def test_bad_input(name, backbone, tmp_path):
+    with pytest.raises(SystemExit, match="No checkpoint at"):
+        tool(name, tmp_path / "nothing", "--data", "digits")
+    with pytest.raises(SystemExit, match="no folder at"):
+        tool(name, backbone, "--data", tmp_path / "nothing")
