@@ -4,7 +4,6 @@ Loading is all or nothing, and nothing is unpickled: safetensors, or ``torch.loa
 """
 
 import json
-import pickle
 import re
 import shutil
 import tempfile
@@ -175,9 +174,9 @@ def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         config = json.loads(config_path.read_text())
         state = load_file(weights)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{weights.parent} is damaged: {error}. Copy or export it again.") from error
-    if "architecture" not in config and config.get("model_type") != "vit_nepa":
+    if not isinstance(config, dict) or ("architecture" not in config and config.get("model_type") != "vit_nepa"):
         raise CheckpointError(
             f'{config_path} is neither a timm config ("architecture") nor a published NEPA config '
             '("model_type": "vit_nepa").'
@@ -201,18 +200,20 @@ def _download(hub_id: str) -> Path:
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # on garbage, the restricted unpickler fails in any way, sometimes without a message
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} cannot be read as tensors only: {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} holds no 'state_dict': it is not a training checkpoint.")
-    if BACKBONE_CONFIG_KEY not in checkpoint:
+    config = checkpoint.get(BACKBONE_CONFIG_KEY)
+    if not isinstance(config, dict) or "architecture" not in config:
         raise CheckpointError(
             f"{path} does not say how to build its backbone (no {BACKBONE_CONFIG_KEY!r}): it was not written by this "
             "package's methods. Export the weights to a timm folder and load that."
         )
     prefix = "backbone."
     state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    return checkpoint[BACKBONE_CONFIG_KEY], state
+    return config, state
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -237,6 +238,8 @@ def save_backbone(
         FileExistsError: If one of the files exists and ``overwrite`` is off.
         CheckpointError: If the layout cannot hold the model.
     """
+    if layout == "timm":
+        _check_built_by_name(model)
     folder = Path(folder)
     present = [f for f in (CONFIG_NAME, WEIGHTS_NAME) if (folder / f).exists()]
     if present and not overwrite:
@@ -261,16 +264,35 @@ def backbone_config(model: nn.Module) -> dict[str, Any]:
     """Return the timm ``config.json`` of a model, for storing inside a training checkpoint."""
     from timm.models._hub import save_config_for_hf
 
+    _check_built_by_name(model)
     with tempfile.TemporaryDirectory() as tmp:
         save_config_for_hf(model, str(Path(tmp) / CONFIG_NAME))
         config: dict[str, Any] = json.loads((Path(tmp) / CONFIG_NAME).read_text())
     return config
 
 
+def _check_built_by_name(model: nn.Module) -> None:
+    if not hasattr(model, "pretrained_cfg"):  # where timm records the name
+        raise CheckpointError(
+            f"This {type(model).__name__} was not built by name, so a timm config cannot say how to rebuild it: build "
+            "it with timm.create_model."
+        )
+
+
 # -- the published layout ----------------------------------------------------------------------------------------------
 
 
 def _args_from_nepa(config: Mapping[str, Any]) -> dict[str, Any]:
+    required = (
+        "image_size",
+        "patch_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+    )
+    if absent := [key for key in required if key not in config]:
+        raise CheckpointError(f"The published NEPA config misses {_listing(absent)}.")
     classifier = "ViTNepaForImageClassification" in (config.get("architectures") or [])
     num_labels = len(config.get("id2label") or {}) or 2  # transformers leaves two labels out of the config
     unsupported = {

@@ -321,6 +321,8 @@ class NepaViT(Eva):
                 weight = self.norm.weight
                 self.fc_norm = _norm_layer(self.embed_dim, device=weight.device, dtype=weight.dtype)
         super().reset_classifier(num_classes, global_pool)
+        # the norm stays when a head is removed, though by default it is built only with one
+        update_model_args(self, use_fc_norm=isinstance(self.fc_norm, nn.LayerNorm))
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import nepa_plugin
 from nepa_plugin import CheckpointError, NepaViT
-from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, backbone_config, untrained_like
+from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, backbone_config, load_weights, untrained_like
 
 
 def same(a, b):
@@ -54,6 +54,48 @@ def test_sources(toy, tmp_path, monkeypatch):
     assert same(nepa_plugin.load_backbone(tmp_path / "a.ckpt"), toy)
 
 
+def test_hub_failure_and_revision(toy, monkeypatch):
+    asked = []
+
+    def download(repo, name, revision=None):
+        asked.append((repo, name, revision))
+        if revision == "gone":
+            raise OSError("no network")
+        return str(TOY / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert same(nepa_plugin.load_backbone("hf-hub:someone/nepa@v1"), toy)
+    assert asked == [("someone/nepa", name, "v1") for name in ("config.json", "model.safetensors")]
+    with pytest.raises(FileNotFoundError, match=r"could not be fetched.*no network"):
+        nepa_plugin.load_backbone("someone/nepa@gone")
+
+
+@pytest.mark.parametrize("layout", ["timm", "nepa"])
+def test_attention_mode_is_recorded(toy, tmp_path, layout, expected):
+    nepa_plugin.save_backbone(toy.set_attention("bidirectional"), tmp_path / "b", layout=layout)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["model_args"]["attention"] == "bidirectional" if layout == "timm" else config["is_causal"] is False
+    output = nepa_plugin.load_backbone(tmp_path / "b")(expected["pixel_values"])
+    assert torch.equal(output, toy(expected["pixel_values"]))
+
+
+def test_changes_after_construction_are_recorded(toy, tmp_path):
+    toy.set_input_size(img_size=32, patch_size=8)
+    toy.reset_classifier(7)
+    nepa_plugin.save_backbone(toy, tmp_path / "head")
+    model = nepa_plugin.load_backbone(tmp_path / "head")
+    assert same(model, toy) and model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_a_removed_head_leaves_its_norm(tmp_path):
+    model = nepa_plugin.load_backbone(TOY_CLASSIFIER)
+    model.reset_classifier(0)
+    nepa_plugin.save_backbone(model, tmp_path / "b")
+    pooled, images = nepa_plugin.load_backbone(tmp_path / "b"), torch.randn(2, 3, 16, 16)
+    assert same(pooled, model) and "fc_norm.weight" in pooled.state_dict()
+    assert pooled(images).shape == (2, 64) and torch.equal(pooled(images), model(images))
+
+
 def test_overrides(toy):
     model = nepa_plugin.load_backbone(TOY, img_size=32, attention="bidirectional", drop_path_rate=0.1)
     assert same(model, toy) and model(torch.randn(1, 3, 32, 32)).shape == (1, 65, 64) and not model.is_causal
@@ -74,6 +116,11 @@ def test_all_or_nothing(toy, tmp_path, edit, message):
     save_file(state, tmp_path / "b" / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         nepa_plugin.load_backbone(tmp_path / "b")
+    before = {k: v.clone() for k, v in toy.state_dict().items()}
+    state["cls_token"] += 1
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(toy, state, "b")
+    assert same(toy, before)
 
 
 def test_a_missing_part_of_a_fused_tensor_is_named(tmp_path):
@@ -98,6 +145,39 @@ def test_damaged_and_missing(tmp_path):
         nepa_plugin.load_backbone(tmp_path / "t")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [("[]", "neither a timm config"), ("\xff", "damaged"), ('{"model_type": "vit_nepa"}', "misses image_size")],
+)
+def test_bad_configs(tmp_path, config, message):
+    shutil.copytree(TOY, tmp_path / "t")
+    (tmp_path / "t" / "config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=message):
+        nepa_plugin.load_backbone(tmp_path / "t")
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02"])
+def test_damaged_training_checkpoint(tmp_path, content):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt cannot be read"):
+        nepa_plugin.load_backbone(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("extra", [{}, {BACKBONE_CONFIG_KEY: {}}])
+def test_training_checkpoint_without_its_config(tmp_path, extra):
+    torch.save({"state_dict": {}} | extra, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match="does not say how to build its backbone"):
+        nepa_plugin.load_backbone(tmp_path / "a.ckpt")
+
+
+def test_a_model_without_a_timm_name(small, tmp_path):
+    with pytest.raises(CheckpointError, match="not built by name"):
+        nepa_plugin.save_backbone(small, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    nepa_plugin.save_backbone(small, tmp_path / "n", layout="nepa")
+    assert same(nepa_plugin.load_backbone(tmp_path / "n"), small)
+
+
 class _Attack:
     def __init__(self, path):
         self.path = path
@@ -108,6 +188,9 @@ class _Attack:
 
 def test_no_pickle_is_executed(tmp_path):
     torch.save({"state_dict": {}, "x": _Attack(tmp_path / "hacked")}, tmp_path / "a.ckpt")
+    torch.save(_Attack(tmp_path / "control"), tmp_path / "c.ckpt")
+    torch.load(tmp_path / "c.ckpt", weights_only=False).close()
+    assert (tmp_path / "control").exists()  # the attack works where unpickling is allowed
     with pytest.raises(CheckpointError, match="tensors only"):
         nepa_plugin.load_backbone(tmp_path / "a.ckpt")
     assert not (tmp_path / "hacked").exists()

@@ -79,7 +79,8 @@ def test_unknown_attention_mode(small):
 def test_registered_names_and_sizes():
     names = {f"nepa_vit_{size}_patch14{mlp}_224" for size in SIZES for mlp in ("", "_swiglu")}
     assert set(timm.list_models("nepa_vit*")) == names
-    base, gated = timm.create_model("nepa_vit_base_patch14_224"), timm.create_model("nepa_vit_base_patch14_swiglu_224")
+    with torch.device("meta"):
+        base, gated = (timm.create_model(f"nepa_vit_base_patch14{mlp}_224") for mlp in ("", "_swiglu"))
     count = [sum(p.numel() for p in m.parameters()) for m in (base, gated)]
     assert count == [85_527_552, 85_539_840]
     assert (len(base.blocks), base.embed_dim, base.blocks[0].attn.num_heads) == (12, 768, 12)
@@ -103,7 +104,11 @@ def test_timm_arguments():
     features = timm.create_model(
         "nepa_vit_tiny_patch14_224", depth=4, img_size=28, features_only=True, out_indices=(1, 3)
     )
-    assert [tuple(f.shape) for f in features(torch.randn(1, 3, 28, 28))] == [(1, 192, 2, 2)] * 2
+    images, wrapped = torch.randn(1, 3, 28, 28), features.eval().model
+    outputs = features(images)
+    assert [tuple(f.shape) for f in outputs] == [(1, 192, 2, 2)] * 2
+    reference = wrapped.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, reference, strict=True))
     model.set_input_size(img_size=(16, 16))
     assert model(torch.randn(2, 1, 16, 16)).shape == (2, 17, 192)
 
@@ -127,13 +132,15 @@ def test_intermediate_layers(small):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(small):
-    images, gradients = torch.randn(2, 3, 16, 16), []
+    images, gradients, calls = torch.randn(2, 3, 16, 16), [], []
+    small.blocks[0].register_forward_pre_hook(lambda *args: calls.append(small.grad_checkpointing))
     for enable in (False, True):
         small.set_grad_checkpointing(enable)
         small.zero_grad()
         torch.manual_seed(1)
         NextEmbeddingLoss()(*small.train().predict_next(images)).backward()
         gradients.append([p.grad.clone() for p in small.parameters()])
+    assert calls == [False, True, True]  # the block runs again in the backward pass
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
@@ -195,7 +202,10 @@ def test_rope_rescaling_only_in_training():
 
 def test_rope_angles_are_float32(small):
     reference = small.eval().rope.get_embed(shape=(4, 4))
-    small.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(small.rope.get_embed(shape=(4, 4)), reference)
+        assert small.train().rope.get_embed().dtype == torch.float32
+    small.eval().bfloat16()
     assert small.rope.get_embed(shape=(4, 4)).dtype == torch.float32
     assert torch.equal(small.rope.get_embed(shape=(4, 4)), reference)
 
@@ -232,3 +242,19 @@ def test_reset_classifier_gives_a_pooled_head(small):
     small.reset_classifier(7)
     assert small(torch.randn(2, 3, 16, 16)).shape == (2, 7)
     assert isinstance(small.fc_norm, nn.LayerNorm) and small.head.weight.abs().max() == 0
+
+
+def test_attention_of_a_single_call(toy, expected):
+    images = expected["pixel_values"]
+    assert near(toy(images, is_causal=False), expected["last_hidden_state_bidirectional"], 1e-5)
+    assert near(
+        toy.forward_intermediates(images, is_causal=False)[0], expected["last_hidden_state_bidirectional"], 1e-5
+    )
+    assert near(toy(images), expected["last_hidden_state"], 1e-5) and toy.is_causal
+
+
+def test_patch_dropout_does_not_predict():
+    model = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, patch_drop_rate=0.5)
+    with pytest.raises(ValueError, match="patch_drop_rate=0"):
+        model.train().predict_next(torch.randn(1, 3, 16, 16))
+    assert model.eval().predict_next(torch.randn(1, 3, 16, 16))[1].shape == (1, 17, 32)

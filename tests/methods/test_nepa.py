@@ -1,0 +1,170 @@
+"""The NEPA method: its optimizer, and the signatures of its ablations on real images."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import nepa_plugin
+from nepa_plugin.cli import main
+from nepa_plugin.data import evaluation_loaders
+from nepa_plugin.evaluation import extract_depth_features, logistic_probe
+from nepa_plugin.methods import NEPA
+
+CONFIGS = Path(__file__).parents[2] / "lightly_configs"
+SIZE = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+def nepa(**kwargs):
+    torch.manual_seed(0)
+    args = {"backbone": "nepa_vit_tiny_patch14_224", "img_size": 16, "patch_size": 4, "backbone_args": SIZE}
+    return NEPA(**(args | {"num_classes": 3} | kwargs))
+
+
+# -- optimizer ---------------------------------------------------------------------------------------------------------
+
+
+def optimizer_of(model, world_size=1, accumulate=1, steps=100):
+    model._trainer = SimpleNamespace(
+        world_size=world_size, accumulate_grad_batches=accumulate, estimated_stepping_batches=steps
+    )
+    (optimizer,), (schedule,) = model.configure_optimizers()
+    return optimizer, schedule
+
+
+def test_weight_decay_groups():
+    model = nepa(weight_decay=0.07)
+    groups = {group["name"]: group for group in optimizer_of(model)[0].param_groups}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "decay": 0.07,
+        "no_decay": 0.0,
+        "online_classifier": 0.0,
+    }
+    group_of = {id(p): name for name, group in groups.items() for p in group["params"]}
+    names = {name: group_of.pop(id(p)) for name, p in model.named_parameters() if p.requires_grad}
+    assert not group_of  # every parameter once, and no other
+    for name, parameter in model.named_parameters():
+        if name.startswith("online_classifier."):
+            assert names[name] == "online_classifier"
+        elif name in names:
+            plain = parameter.ndim < 2 or name.endswith("bias")
+            assert names[name] == ("no_decay" if plain else "decay"), name
+    assert names["backbone.patch_embed.proj.weight"] == "decay"
+    assert names["backbone.patch_embed.proj.bias"] == "no_decay"
+
+
+def test_the_learning_rate_follows_the_global_batch():
+    optimizer, schedule = optimizer_of(nepa(batch_size_per_device=32, base_lr=1e-3), world_size=4, accumulate=3)
+    assert all(group["initial_lr"] == pytest.approx(1e-3 * 32 * 4 * 3 / 256) for group in optimizer.param_groups)
+    assert schedule["interval"] == "step"
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    optimizer, schedule = optimizer_of(nepa(batch_size_per_device=256, base_lr=1e-3, warmup_fraction=0.1), steps=50)
+    rates = []
+    for _ in range(50):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert rates[:5] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3])
+    assert rates[5:] == sorted(rates[5:], reverse=True) and max(rates) == pytest.approx(1e-3)
+    assert rates[-1] < 1e-5
+
+
+def test_the_probe_does_not_count_when_clipping():
+    clipped = []
+    for factor in (1.0, 1e6):
+        model = nepa(clip_grad_norm=0.01)
+        loss, features = model.step([torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))])
+        probe = model.online_classifier.training_step((features.detach(), torch.tensor([0, 1, 2, 0])), 0)[0]
+        (loss + factor * probe).backward()
+        raw = model.online_classifier.classification_head.weight.grad.clone()
+        model.configure_gradient_clipping(None)
+        assert torch.equal(raw, model.online_classifier.classification_head.weight.grad)
+        clipped.append({n: p.grad for n, p in model.backbone.named_parameters() if p.grad is not None})
+    assert clipped[0] and clipped[0].keys() == clipped[1].keys()
+    assert all(torch.equal(grad, clipped[1][name]) for name, grad in clipped[0].items())
+    assert torch.cat([g.flatten() for g in clipped[0].values()]).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_without_classes_there_is_no_probe(num_classes):
+    model = nepa(num_classes=num_classes)
+    assert model.online_classifier is None
+    images, targets = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
+    loss = model.training_step(([images], targets, ["a"] * 4), 0)
+    loss.backward()
+    assert loss.isfinite() and model.validation_step((images, targets, ["a"] * 4), 0) is None
+    assert [group["name"] for group in optimizer_of(model)[0].param_groups] == ["decay", "no_decay"]
+
+
+def test_a_backbone_that_is_no_predictor_is_refused():
+    with pytest.raises(ValueError, match="needs a nepa_vit_"):
+        NEPA(backbone="vit_tiny_patch16_224", num_classes=0)
+
+
+# -- ablations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Returns a function from options to the folder of a run on the digits, each trained once."""
+    done = {}
+
+    def run(epochs, *options):
+        if (epochs, options) not in done:
+            folder = tmp_path_factory.mktemp("ablation") / "run"
+            size = [part for key, value in SIZE.items() for part in (f"--model.backbone_args.{key}", str(value))]
+            trainer = ["--trainer.max_epochs", str(epochs), "--trainer.log_every_n_steps", "1"]
+            quiet = ["--trainer.check_val_every_n_epoch", "1000", "--trainer.enable_model_summary", "false"]
+            config = ["--config", str(CONFIGS / "nepa_digits.yaml"), "--run_dir", str(folder)]
+            main([*config, *size, *trainer, *quiet, *options], CONFIGS / "base.yaml")
+            done[epochs, options] = folder
+        return done[epochs, options]
+
+    return run
+
+
+def curve(run_dir, name):
+    with (run_dir / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def probe(model):
+    """Accuracy in per cent of a logistic probe on the mean of the patch tokens after the last block."""
+    depth = f"block {len(model.blocks)}"
+    train, val = (extract_depth_features(model, loader) for loader in evaluation_loaders("digits", model))
+    return logistic_probe(train.features[depth]["mean"], train.labels, val.features[depth]["mean"], val.labels)
+
+
+@pytest.fixture(scope="module")
+def default(train):
+    return train(6)
+
+
+@pytest.mark.slow
+def test_without_the_shift_there_is_nothing_to_learn(train, default):
+    """The loss is nearly -1 from the start, and the features stay about as good as an untrained network's."""
+    no_shift = train(6, "--model.shift", "false")
+    assert curve(no_shift, "train_loss")[-1] < -0.95
+    assert curve(default, "train_loss")[-1] > -0.9
+    backbone = nepa_plugin.load_backbone(default / "backbone")
+    learned, copied = probe(backbone), probe(nepa_plugin.load_backbone(no_shift / "backbone"))
+    torch.manual_seed(0)
+    backbone.init_weights()
+    untrained = probe(backbone)
+    print(f"{untrained=:.1f} {copied=:.1f} {learned=:.1f}")
+    assert copied < untrained + 8
+    assert learned > untrained + 4 and learned > copied + 4
+
+
+@pytest.mark.slow
+def test_without_the_stop_gradient_the_embeddings_collapse(train, default):
+    kept, collapsing = (
+        curve(default, "embedding_cosine"),
+        curve(train(3, "--model.stop_gradient", "false"), "embedding_cosine"),
+    )
+    assert collapsing[-1] > collapsing[0] + 0.1  # 0.06 -> 0.23 in 30 steps
+    assert collapsing[-1] > kept[-1] + 0.1  # 0.05 after 60 steps
