@@ -1,6 +1,7 @@
 """What a run needs around Lightning: exact resume, one last checkpoint, logs that survive a restart."""
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ class KeepingCSVLogger(CSVLogger):
         kept = path.with_name("metrics.previous.csv")
         if path.is_file():
             shutil.copyfile(path, kept)
-        experiment = super().experiment
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*will be deleted.*")  # not here
+            experiment = super().experiment
         if kept.is_file() and self._experiment is not None:
             kept.replace(path)
             with path.open() as file:
