@@ -69,15 +69,7 @@ def load_backbone(source: str | Path, **model_args: Any) -> nn.Module:
         FileNotFoundError: If the source does not exist.
         CheckpointError: If it is damaged, of unknown format, or does not cover every weight; names the keys.
     """
-    config, state = read_checkpoint(source)
-    if config.get("model_type") == "vit_nepa":
-        arch, args = "nepa_vit_base_patch14_224", _args_from_nepa(config)
-        state = _state_from_nepa(state, depth=args["depth"], gated=args["swiglu_mlp"])
-    else:
-        arch, args = config["architecture"], dict(config.get("model_args") or {})
-        for key in ("num_classes", "global_pool"):
-            if key in config:
-                args.setdefault(key, config[key])
+    arch, args, state = read_checkpoint(source)
     try:
         model = timm.create_model(arch, pretrained=False, **(args | model_args))
     except RuntimeError as error:  # timm's word for a name it does not know
@@ -140,19 +132,33 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     model.load_state_dict(state)
 
 
-def read_checkpoint(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a checkpoint's config (timm's or the published NEPA ``config.json``) and weights, as stored.
+def read_checkpoint(source: str | Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Return how to build a checkpoint's model, and its weights under that model's names.
 
     Args:
         source: As for :func:`load_backbone`.
 
     Returns:
-        ``(config, state_dict)``, on the CPU.
+        ``(timm name, arguments of timm.create_model, state_dict)``; the tensors are on the CPU.
 
     Raises:
         FileNotFoundError: If the source does not exist.
         CheckpointError: If it cannot be read.
     """
+    config, state = _read_stored(source)
+    if config.get("model_type") == "vit_nepa":
+        args = _args_from_nepa(config)
+        state = _state_from_nepa(state, depth=args["depth"], gated=args["swiglu_mlp"])
+        return "nepa_vit_base_patch14_224", args, state
+    args = dict(config.get("model_args") or {})
+    for key in ("num_classes", "global_pool"):
+        if key in config:
+            args.setdefault(key, config[key])
+    return config["architecture"], args, state
+
+
+def _read_stored(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config and weights as they are in the file: timm's or the published layout."""
     path = Path(source)
     if path.is_file() and path.suffix in (".ckpt", ".pth", ".pt"):
         return _read_torch(path)

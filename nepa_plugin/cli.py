@@ -190,7 +190,7 @@ class PretrainCLI(LightningCLI):
         ]
         if given.enable_progress_bar in (None, True):
             terminal = sys.stdout.isatty()
-            callbacks.append(RichProgressBar(leave=False) if terminal else EpochLines())
+            callbacks.append(RichProgressBar(refresh_rate=10, leave=False) if terminal else EpochLines())
             kwargs["enable_progress_bar"] = terminal
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
@@ -205,7 +205,7 @@ class PretrainCLI(LightningCLI):
                 self._check_checkpoint(self.resume_from)
 
     def _check_checkpoint(self, path: Path) -> None:
-        check_fit(self.model.backbone, read_checkpoint(path)[1], str(path))
+        check_fit(self.model.backbone, read_checkpoint(path)[-1], str(path))
 
     def fit(self) -> None:
         """Train, then export the backbone and draw the curves."""

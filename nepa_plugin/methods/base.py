@@ -88,7 +88,7 @@ class Method(LightningModule):
         except RuntimeError as error:
             raise ValueError(f"backbone={backbone!r} is not a timm model: {error}") from error
         if init_from is not None:
-            load_weights(self.backbone, read_checkpoint(init_from)[1], init_from)
+            load_weights(self.backbone, read_checkpoint(init_from)[-1], init_from)
         self.online_classifier: OnlineLinearClassifier | None = None
         if num_classes > 1:
             self.online_classifier = OnlineLinearClassifier(
@@ -121,11 +121,11 @@ class Method(LightningModule):
         views, targets = batch[0], batch[1]
         views = [views] if isinstance(views, Tensor) else views
         loss, features = self.step(views)
-        self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        self.log("train_loss", self._mean_over_devices(loss), prog_bar=True)
         if self.online_classifier is None:
             return loss
         probe_loss, logs = self.online_classifier.training_step((features.detach(), targets), batch_idx)
-        self.log_dict(logs, sync_dist=True, batch_size=len(targets))
+        self.log_dict({name: self._mean_over_devices(value) for name, value in logs.items()})
         return loss + probe_loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor | None:
@@ -218,6 +218,15 @@ class Method(LightningModule):
     def is_logging_step(self) -> bool:
         """Whether this step's values are written; anything costly to compute is computed only then."""
         return self._trainer is not None and (self.trainer.global_step + 1) % self._log_every == 0
+
+    def _mean_over_devices(self, value: Tensor) -> Tensor:
+        """Return the mean over devices where it is written, and this device's value between.
+
+        ``self.log(sync_dist=True)`` would wait for all devices, with a barrier, in every step and for every value.
+        """
+        if self._trainer is None or self.trainer.world_size == 1 or not self.is_logging_step:
+            return value.detach()
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")  # type: ignore[return-value]
 
     @property
     def _log_every(self) -> int:

@@ -100,6 +100,15 @@ def test_without_classes_there_is_no_probe(num_classes):
     assert [group["name"] for group in optimizer_of(model)[0].param_groups] == ["decay", "no_decay"]
 
 
+def test_starts_from_a_published_checkpoint():
+    folder = CONFIGS.parent / "tests" / "data" / "nepa-toy-gelu"
+    size = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+    weights = nepa(backbone_args=size, init_from=str(folder)).backbone.state_dict()
+    reference = nepa_plugin.load_backbone(folder).state_dict()
+    assert weights.keys() == reference.keys()
+    assert all(torch.equal(weights[name], value) for name, value in reference.items())
+
+
 def test_a_backbone_that_is_no_predictor_is_refused():
     with pytest.raises(ValueError, match="needs a nepa_vit_"):
         NEPA(backbone="vit_tiny_patch16_224", num_classes=0)
