@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError
@@ -58,7 +59,7 @@ def load_backbone(source: str | Path, **model_args: Any) -> nn.Module:
         source: One of: a timm folder (``config.json`` and ``model.safetensors``, what pretraining exports); a
             published NEPA folder (``"model_type": "vit_nepa"``), pretraining or classifier layout; the
             ``model.safetensors`` inside such a folder; a Hugging Face hub id (``"owner/name"``); a Lightning ``.ckpt``
-            of a pretraining run (its EMA weights).
+            of a pretraining run (its EMA weights); an mmengine ``.pth`` written with ``BackboneConfigHook``.
         **model_args: Override how the model is built, e.g. ``img_size=448``, ``attention="bidirectional"``,
             ``drop_path_rate=0.1``. Architecture changes that the weights do not fit are an error.
 
@@ -203,7 +204,31 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read mmengine's checkpoints, where mmengine is installed.
+
+    Their training log is made of mmengine's ``HistoryBuffer`` and numpy arrays: exactly those are allowed.
+    """
+    try:
+        from mmengine.logging import HistoryBuffer
+    except ImportError:
+        return
+    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2 renamed it
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            multiarray._reconstruct,
+            multiarray.scalar,
+            np.ndarray,
+            np.dtype,
+            *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+        ]
+    )
+
+
 def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if path.suffix == ".pth":
+        allow_mmengine_checkpoints()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on garbage, the restricted unpickler fails in any way, sometimes without a message
@@ -214,10 +239,11 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = checkpoint.get(BACKBONE_CONFIG_KEY)
     if not isinstance(config, dict) or "architecture" not in config:
         raise CheckpointError(
-            f"{path} does not say how to build its backbone (no {BACKBONE_CONFIG_KEY!r}): it was not written by this "
-            "package's methods. Export the weights to a timm folder and load that."
+            f"{path} does not say how to build its backbone (no {BACKBONE_CONFIG_KEY!r}): it was written neither by "
+            "this package's methods nor, under mmengine, with custom_hooks=[dict(type='BackboneConfigHook')]."
         )
-    prefix = "backbone."
+    # mmengine's backbone is a wrapper that holds the timm model as "vit"
+    prefix = "backbone.vit." if any(k.startswith("backbone.vit.") for k in checkpoint["state_dict"]) else "backbone."
     state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     return config, state
 
