@@ -4,6 +4,7 @@ Loading is all or nothing, and nothing is unpickled: safetensors, or ``torch.loa
 """
 
 import json
+import pickle
 import re
 import shutil
 import tempfile
@@ -213,10 +214,18 @@ def allow_mmengine_checkpoints() -> None:
         from mmengine.logging import HistoryBuffer
     except ImportError:
         return
+
+    def statistic(owner: type, name: str) -> Any:
+        if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+            raise pickle.UnpicklingError(f"getattr({owner!r}, {name!r}) is not part of an mmengine checkpoint.")
+        return getattr(HistoryBuffer, name)
+
     multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray  # numpy 2 renamed it
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
+            # A buffer's state holds its four methods, which pickle looks up with getattr: those and no others.
+            (statistic, "builtins.getattr"),
             multiarray._reconstruct,
             multiarray.scalar,
             np.ndarray,

@@ -8,7 +8,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 
 
 @OPTIM_WRAPPERS.register_module()
-def BFloat16OptimWrapper(**kwargs: Any) -> OptimWrapper:  # noqa: N802  # a registry name
+def BFloat16OptimWrapper(**kwargs: Any) -> OptimWrapper:
     """Return an optimizer wrapper that trains in bfloat16 autocast on CUDA and in float32 elsewhere.
 
     Args:

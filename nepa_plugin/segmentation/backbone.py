@@ -68,7 +68,7 @@ class TimmViT(BaseModule):
         args: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
         args |= {"drop_path_rate": drop_path_rate, **(model_args or {})}
         args |= {k: v for k, v in {"img_size": img_size, "patch_size": patch_size}.items() if v is not None}
-        self.vit = _create(arch, args)
+        self.vit: Any = _create(arch, args)
         if isinstance(self.vit, NepaViT):
             self.vit.set_attention(attention)
         elif attention not in ATTENTION_MODES:
@@ -166,20 +166,20 @@ class TimmViT(BaseModule):
             block.eval().requires_grad_(False)
 
 
-def _create(arch: str, args: dict[str, Any]) -> nn.Module:
+def _create(arch: str, args: dict[str, Any]) -> Any:
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"arch={arch!r} is not a timm model." + (f" Did you mean {' or '.join(near)}?" if near else ""))
+        near = " or ".join(difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5))
+        raise ValueError(f"arch={arch!r} is not a timm model." + (f" Did you mean {near}?" if near else ""))
     try:
         model = timm.create_model(arch, pretrained=False, **args)
     except TypeError as error:
         raise ValueError(f"arch={arch!r} cannot be built as a ViT backbone: {error}") from error
     if not all(hasattr(model, name) for name in ("blocks", "patch_embed", "norm", "forward_intermediates")):
-        raise ValueError(f"arch={arch!r} is a {type(model).__name__}, not a Vision Transformer that returns all tokens.")
+        raise ValueError(f"arch={arch!r} is a {type(model).__name__}, not a Vision Transformer of timm.")
     return model
 
 
-def _signature(model: nn.Module) -> dict[str, Any]:
+def _signature(model: Any) -> dict[str, Any]:
     attention = model.blocks[0].attn
     rope = getattr(model, "rope", None)
     return {

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("mmseg")
 from mmengine.logging import HistoryBuffer
+
 from nepa_plugin.segmentation import compat
 
 
@@ -15,7 +16,7 @@ def test_a_missing_operator_names_itself():
         pytest.skip("a compiled mmcv is installed")
     import mmcv.ops
 
-    with pytest.raises(NotImplementedError, match="'nms' is not available.*Build mmcv"):
+    with pytest.raises(NotImplementedError, match=r"'nms' is not available.*Build mmcv"):
         mmcv.ops.nms(torch.rand(2, 4), torch.rand(2), 0.5)
 
 
@@ -49,3 +50,22 @@ def test_other_objects_are_still_refused(tmp_path):
     torch.save({"x": subprocess.Popen}, tmp_path / "a.pth")
     with pytest.raises(Exception, match="Popen"):
         torch.load(tmp_path / "a.pth")
+
+
+class Getattr:
+    """Pickles as getattr(owner, name)."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(HistoryBuffer, "__init__"), (torch.Tensor, "mean")])
+def test_getattr_is_allowed_for_the_statistics_of_a_buffer_only(tmp_path, owner, name):
+    torch.save({"x": Getattr(HistoryBuffer, "mean")}, tmp_path / "good.pth")
+    assert torch.load(tmp_path / "good.pth")["x"] is HistoryBuffer.mean
+    torch.save({"x": Getattr(owner, name)}, tmp_path / "bad.pth")
+    with pytest.raises(Exception, match=r"not part of an mmengine checkpoint|Unsupported|not allowed"):
+        torch.load(tmp_path / "bad.pth")

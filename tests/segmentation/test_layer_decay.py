@@ -3,8 +3,9 @@ import torch
 
 pytest.importorskip("mmseg")
 from mmengine.optim import build_optim_wrapper
-from nepa_plugin.segmentation import TimmViT
 from torch import nn
+
+from nepa_plugin.segmentation import TimmViT
 
 
 class Segmentor(nn.Module):
