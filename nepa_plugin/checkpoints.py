@@ -60,7 +60,7 @@ def load_backbone(source: str | Path, **model_args: Any) -> nn.Module:
         source: One of: a timm folder (``config.json`` and ``model.safetensors``, what pretraining exports); a
             published NEPA folder (``"model_type": "vit_nepa"``), pretraining or classifier layout; the
             ``model.safetensors`` inside such a folder; a Hugging Face hub id (``"owner/name"``); a Lightning ``.ckpt``
-            of a pretraining run (its EMA weights); an mmengine ``.pth`` written with ``BackboneConfigHook``.
+            of a pretraining run (its EMA weights); an mmengine ``.pth`` written with ``CheckpointGuardHook``.
         **model_args: Override how the model is built, e.g. ``img_size=448``, ``attention="bidirectional"``,
             ``drop_path_rate=0.1``. Architecture changes that the weights do not fit are an error.
 
@@ -249,7 +249,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict) or "architecture" not in config:
         raise CheckpointError(
             f"{path} does not say how to build its backbone (no {BACKBONE_CONFIG_KEY!r}): it was written neither by "
-            "this package's methods nor, under mmengine, with custom_hooks=[dict(type='BackboneConfigHook')]."
+            "this package's methods nor, under mmengine, with custom_hooks=[dict(type='CheckpointGuardHook')]."
         )
     # mmengine's backbone is a wrapper that holds the timm model as "vit"
     prefix = "backbone.vit." if any(k.startswith("backbone.vit.") for k in checkpoint["state_dict"]) else "backbone."

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
+from nepa_plugin.digits import TRAINING_DIGITS, digit_images
 from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -124,19 +125,15 @@ def digits_folder(root: str | Path | None = None) -> Path:
     Returns:
         The folder that holds ``train`` and ``val``.
     """
-    from sklearn.datasets import load_digits
-
     target = Path(root) if root else cache_dir() / "digits"
     if target.is_dir():
         return target
-    digits = load_digits()
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=".digits-"))
-    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        folder = tmp / ("train" if i < 1400 else "val") / str(label)
+    for i, (image, label) in enumerate(zip(*digit_images(32), strict=True)):
+        folder = tmp / ("train" if i < TRAINING_DIGITS else "val") / str(label)
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
-        image.resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.png")
+        image.save(folder / f"{i:04d}.png")
     try:
         tmp.rename(target)  # atomic: another process may be doing the same
     except OSError:

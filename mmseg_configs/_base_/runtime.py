@@ -1,6 +1,9 @@
 default_scope = "mmseg"
 custom_imports = dict(imports=["nepa_plugin.segmentation"], allow_failed_imports=False)
-custom_hooks = [dict(type="BackboneConfigHook")]  # lets load_backbone() read the checkpoints
+custom_hooks = [
+    dict(type="CheckpointGuardHook"),  # checkpoints load completely or not at all, and are not overwritten
+    dict(type="ClassCountHook"),
+]
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),

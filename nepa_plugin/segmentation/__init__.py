@@ -5,7 +5,20 @@ Importing this package registers everything with mmengine; configs do it through
 
 from nepa_plugin.segmentation import compat as compat  # first: mmsegmentation needs it to import
 from nepa_plugin.segmentation.amp import BFloat16OptimWrapper
-from nepa_plugin.segmentation.backbone import BackboneConfigHook, TimmViT
+from nepa_plugin.segmentation.backbone import TimmViT
+from nepa_plugin.segmentation.datasets import ADE20K, CamVid, DatasetError, DigitScenes, SegmentationFolder
+from nepa_plugin.segmentation.hooks import CheckpointGuardHook, ClassCountHook
 from nepa_plugin.segmentation.layer_decay import LayerDecayConstructor
 
-__all__ = ["BFloat16OptimWrapper", "BackboneConfigHook", "LayerDecayConstructor", "TimmViT"]
+__all__ = [
+    "ADE20K",
+    "BFloat16OptimWrapper",
+    "CamVid",
+    "CheckpointGuardHook",
+    "ClassCountHook",
+    "DatasetError",
+    "DigitScenes",
+    "LayerDecayConstructor",
+    "SegmentationFolder",
+    "TimmViT",
+]

@@ -7,12 +7,11 @@ from typing import Any
 
 import timm
 import torch.nn.functional as F
-from mmengine.hooks import Hook
 from mmengine.model import BaseModule
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, backbone_config, load_backbone, load_weights
+from nepa_plugin.checkpoints import CheckpointError, load_backbone, load_weights
 from nepa_plugin.predictor import ATTENTION_MODES, AttentionMode, NepaViT
 
 
@@ -38,8 +37,8 @@ class TimmViT(BaseModule):
         model_args: Further arguments of the architecture, e.g. ``dict(embed_dim=128, depth=4, num_heads=4)``.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` where the checkpoint is all that
             :func:`nepa_plugin.load_backbone` takes: a timm folder, a published NEPA folder, a hub id, a ``.ckpt`` of a
-            pretraining run, or an mmengine ``.pth`` written with :class:`BackboneConfigHook`. ``None`` starts from
-            random weights.
+            pretraining run, or an mmengine ``.pth`` written with
+            :class:`~nepa_plugin.segmentation.CheckpointGuardHook`. ``None`` starts from random weights.
 
     Raises:
         ValueError: On an unknown architecture, attention mode, or blocks past the depth.
@@ -191,14 +190,3 @@ def _signature(model: Any) -> dict[str, Any]:
         "rope_temperature": getattr(rope, "temperature", None),
         "qk_norm_affine": isinstance(getattr(getattr(attention, "q_norm", None), "weight", None), nn.Parameter),
     }
-
-
-@HOOKS.register_module()
-class BackboneConfigHook(Hook):
-    """Writes into each checkpoint how its backbone is built, so that ``load_backbone("iter_N.pth")`` can read it."""
-
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Add the timm config of the model's :class:`TimmViT`."""
-        model = getattr(runner.model, "module", runner.model)
-        if isinstance(backbone := getattr(model, "backbone", None), TimmViT):
-            checkpoint[BACKBONE_CONFIG_KEY] = backbone_config(backbone.vit)

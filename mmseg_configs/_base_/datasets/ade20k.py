@@ -1,12 +1,12 @@
-# ADE20K, 150 classes: data/ade/ADEChallengeData2016/{images,annotations}/{training,validation}
+# ADE20K, 150 classes: images and annotations, each with training and validation, in $ADE20K or the folder below.
+dataset_type = "ADE20K"
+data_root = "{{$ADE20K:data/ade/ADEChallengeData2016}}"
 # 16 images in every step, however many processes share them; mmengine reads the variable.
 processes = int("{{$WORLD_SIZE:1}}")
-dataset_type = "ADE20KDataset"
-data_root = "data/ade/ADEChallengeData2016"
 crop_size = (512, 512)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -16,7 +16,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    dict(type="LoadAnnotations", reduce_zero_label=True),  # after Resize: the labels keep their size
+    dict(type="LoadAnnotations"),  # after Resize: the labels keep their size
     dict(type="PackSegInputs"),
 ]
 tta_pipeline = [
@@ -32,7 +32,7 @@ tta_pipeline = [
                 dict(type="RandomFlip", prob=0.0, direction="horizontal"),
                 dict(type="RandomFlip", prob=1.0, direction="horizontal"),
             ],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),
