@@ -235,14 +235,29 @@ def allow_mmengine_checkpoints() -> None:
     )
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if path.suffix == ".pth":
+def read_tensors(path: str | Path) -> Any:
+    """Return what ``torch.load(weights_only=True)`` reads from a file, on the CPU.
+
+    Args:
+        path: A ``.ckpt``, ``.pth`` or ``.pt`` file.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds objects other than tensors and mmengine's log.
+    """
+    if Path(path).suffix == ".pth":
         allow_mmengine_checkpoints()
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on garbage, the restricted unpickler fails in any way, sometimes without a message
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as tensors only: {reason}") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} holds no 'state_dict': it is not a training checkpoint.")
     config = checkpoint.get(BACKBONE_CONFIG_KEY)

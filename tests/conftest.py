@@ -35,3 +35,37 @@ def small():
 
     torch.manual_seed(0)
     return NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Small scenes of digits; tests must not change them."""
+    from nepa_plugin.segmentation.scenes import digit_scenes
+
+    return digit_scenes(tmp_path_factory.mktemp("data") / "scenes", num_training=24, num_validation=7)
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(tmp_path_factory):
+    """A backbone of the size that the segmentation tests train."""
+    import timm
+
+    import nepa_plugin
+
+    torch.manual_seed(1)
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    model = timm.create_model("nepa_vit_tiny_patch14_224", **sizes)
+    return nepa_plugin.save_backbone(model, tmp_path_factory.mktemp("pretrained") / "backbone")
+
+
+@pytest.fixture(scope="session")
+def run(scenes, backbone_folder, tmp_path_factory):
+    """A finished segmentation run of four steps."""
+    from mmengine.runner import Runner
+    from tiny import tiny_config
+
+    work_dir = tmp_path_factory.mktemp("run")
+    cfg = tiny_config(scenes, backbone_folder, work_dir)
+    cfg.dump(work_dir / "config.py")
+    Runner.from_cfg(cfg).train()
+    return work_dir

@@ -3,6 +3,7 @@ custom_imports = dict(imports=["nepa_plugin.segmentation"], allow_failed_imports
 custom_hooks = [
     dict(type="CheckpointGuardHook"),  # checkpoints load completely or not at all, and are not overwritten
     dict(type="ClassCountHook"),
+    dict(type="BatchSizeHook", recipe=16),
 ]
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),

@@ -6,19 +6,24 @@ Importing this package registers everything with mmengine; configs do it through
 from nepa_plugin.segmentation import compat as compat  # first: mmsegmentation needs it to import
 from nepa_plugin.segmentation.amp import BFloat16OptimWrapper
 from nepa_plugin.segmentation.backbone import TimmViT
-from nepa_plugin.segmentation.datasets import ADE20K, CamVid, DatasetError, DigitScenes, SegmentationFolder
-from nepa_plugin.segmentation.hooks import CheckpointGuardHook, ClassCountHook
+from nepa_plugin.segmentation.datasets import ADE20K, CamVid, DigitScenes, SegmentationFolder
+from nepa_plugin.segmentation.errors import ConfigError, DatasetError, print_bad_input_in_one_line
+from nepa_plugin.segmentation.hooks import BatchSizeHook, CheckpointGuardHook, ClassCountHook
 from nepa_plugin.segmentation.layer_decay import LayerDecayConstructor
 
 __all__ = [
     "ADE20K",
     "BFloat16OptimWrapper",
+    "BatchSizeHook",
     "CamVid",
     "CheckpointGuardHook",
     "ClassCountHook",
+    "ConfigError",
     "DatasetError",
     "DigitScenes",
     "LayerDecayConstructor",
     "SegmentationFolder",
     "TimmViT",
 ]
+
+print_bad_input_in_one_line()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nepa_plugin.checkpoints import CheckpointError, load_backbone, load_weights
 from nepa_plugin.predictor import ATTENTION_MODES, AttentionMode, NepaViT
+from nepa_plugin.segmentation.errors import ConfigError
 
 
 @MODELS.register_module()
@@ -41,7 +42,7 @@ class TimmViT(BaseModule):
             :class:`~nepa_plugin.segmentation.CheckpointGuardHook`. ``None`` starts from random weights.
 
     Raises:
-        ValueError: On an unknown architecture, attention mode, or blocks past the depth.
+        ConfigError: On an unknown architecture, attention mode, or blocks past the depth.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class TimmViT(BaseModule):
     ) -> None:
         super().__init__(init_cfg)
         if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
-            raise ValueError(
+            raise ConfigError(
                 f"init_cfg={dict(init_cfg)}: this backbone takes dict(type='Pretrained', checkpoint=...) or None."
             )
         self.arch, self.resample_patches = arch, patch_size is not None
@@ -71,19 +72,19 @@ class TimmViT(BaseModule):
         if isinstance(self.vit, NepaViT):
             self.vit.set_attention(attention)
         elif attention not in ATTENTION_MODES:
-            raise ValueError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
+            raise ConfigError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
         elif attention != "bidirectional":
-            raise ValueError(f"attention={attention!r} is only for NEPA's predictor; {arch} is bidirectional.")
+            raise ConfigError(f"attention={attention!r} is only for NEPA's predictor; {arch} is bidirectional.")
         depth = len(self.vit.blocks)
         self.out_indices = tuple(i + depth if i < 0 else i for i in out_indices)
         if not self.out_indices or not all(0 <= i < depth for i in self.out_indices):
-            raise ValueError(
+            raise ConfigError(
                 f"out_indices={tuple(out_indices)}: {arch} has {depth} blocks, 0 to {depth - 1}; choose among them."
             )
         if list(self.out_indices) != sorted(set(self.out_indices)):
-            raise ValueError(f"out_indices={tuple(out_indices)} must be increasing.")
+            raise ConfigError(f"out_indices={tuple(out_indices)} must be increasing.")
         if not -1 <= frozen_stages <= depth:
-            raise ValueError(f"frozen_stages={frozen_stages}: {arch} has {depth} blocks; give -1 to {depth}.")
+            raise ConfigError(f"frozen_stages={frozen_stages}: {arch} has {depth} blocks; give -1 to {depth}.")
         self.final_norm, self.frozen_stages = final_norm, frozen_stages
         if with_cp:
             self.vit.set_grad_checkpointing(True)
@@ -168,13 +169,13 @@ class TimmViT(BaseModule):
 def _create(arch: str, args: dict[str, Any]) -> Any:
     if not timm.is_model(arch):
         near = " or ".join(difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5))
-        raise ValueError(f"arch={arch!r} is not a timm model." + (f" Did you mean {near}?" if near else ""))
+        raise ConfigError(f"arch={arch!r} is not a timm model." + (f" Did you mean {near}?" if near else ""))
     try:
         model = timm.create_model(arch, pretrained=False, **args)
-    except TypeError as error:
-        raise ValueError(f"arch={arch!r} cannot be built as a ViT backbone: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"arch={arch!r} cannot be built as a ViT backbone: {error}") from error
     if not all(hasattr(model, name) for name in ("blocks", "patch_embed", "norm", "forward_intermediates")):
-        raise ValueError(f"arch={arch!r} is a {type(model).__name__}, not a Vision Transformer of timm.")
+        raise ConfigError(f"arch={arch!r} is a {type(model).__name__}, not a Vision Transformer of timm.")
     return model
 
 

@@ -10,14 +10,12 @@ from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.registry import DATASETS
 from PIL import Image
 
+from nepa_plugin.segmentation.errors import DatasetError
 from nepa_plugin.segmentation.scenes import SCENE_CLASSES
 
 _SAMPLE = 64  # label maps that are read before training; all 20,000 of ADE20K would take minutes
-_VOID = 255
-
-
-class DatasetError(ValueError):
-    """The dataset cannot be used as configured; the message names the folder, file or key and says what to do."""
+#: The label of pixels that do not count, in label maps and in metrics.
+VOID = 255
 
 
 @DATASETS.register_module()
@@ -92,20 +90,15 @@ class SegmentationFolder(BaseSegDataset):
         for item in data[:: -(-len(data) // _SAMPLE)]:
             path = item["seg_map_path"]
             try:
-                with Image.open(item["img_path"]) as image, Image.open(path) as label_map:
-                    image_size, labels = image.size, np.asarray(label_map)
+                with Image.open(item["img_path"]) as image:
+                    image_size = image.size
             except OSError as error:
-                raise DatasetError(
-                    f"{name}: cannot read {item['img_path']} or its label map {path}: {error}"
-                ) from error
-            if labels.ndim != 2 or labels.dtype != np.uint8:
-                raise DatasetError(
-                    f"{name}: {path} is not an 8-bit map of class indices, but {labels.dtype} {labels.shape}."
-                )
+                raise DatasetError(f"{name}: cannot read the image {item['img_path']}: {error}") from error
+            labels = read_label_map(path)
             if labels.shape != image_size[::-1]:
                 raise DatasetError(f"{name}: {path} is {labels.shape[::-1]} pixels, its image {image_size}.")
             values = np.unique(labels)
-            odd = values[(values > highest) & (values != _VOID)]
+            odd = values[(values > highest) & (values != VOID)]
             if odd.size:
                 raise DatasetError(
                     f"{name}: {path} has label {odd[0]}; {len(classes)} classes with reduce_zero_label={bool(reduce)} "
@@ -171,6 +164,28 @@ class DigitScenes(SegmentationFolder):
 
     def __init__(self, img_suffix: str = ".png", **kwargs: Any) -> None:
         super().__init__(img_suffix=img_suffix, **kwargs)
+
+
+def read_label_map(path: str | Path) -> np.ndarray:
+    """Read an 8-bit map of class indices.
+
+    Args:
+        path: PNG of one channel.
+
+    Returns:
+        Labels (H, W) as they are in the file, uint8.
+
+    Raises:
+        DatasetError: If the file is no such map.
+    """
+    try:
+        with Image.open(path) as label_map:
+            labels = np.asarray(label_map)
+    except OSError as error:
+        raise DatasetError(f"Cannot read the label map {path}: {error}") from error
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        raise DatasetError(f"{path} is not an 8-bit map of class indices, but {labels.dtype} {labels.shape}.")
+    return labels
 
 
 def label_map_of(image: str | Path) -> Path | None:

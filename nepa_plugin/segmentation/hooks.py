@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 
 from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, backbone_config, check_fit
 from nepa_plugin.segmentation.backbone import TimmViT
+from nepa_plugin.segmentation.errors import ConfigError
 
 
 @HOOKS.register_module()
@@ -82,7 +84,7 @@ class ClassCountHook(Hook):
         """Check the loops that are built.
 
         Raises:
-            ValueError: If a head has another number of classes than a dataset.
+            ConfigError: If a head has another number of classes than a dataset.
         """
         model = unwrapped(runner.model)
         heads = {name: getattr(model, name, None) for name in ("decode_head", "auxiliary_head")}
@@ -94,7 +96,33 @@ class ClassCountHook(Hook):
             for name, head in heads.items():
                 count = getattr(head, "num_classes", None)
                 if classes is not None and count is not None and count != len(classes):
-                    raise ValueError(
+                    raise ConfigError(
                         f"model.{name}.num_classes is {count}, but {type(dataset).__name__} has {len(classes)} "
                         f"classes. Set model.{name}.num_classes={len(classes)}."
                     )
+
+
+@HOOKS.register_module()
+class BatchSizeHook(Hook):
+    """Says how many images a step really has, and warns if the recipe's learning rate is for another number.
+
+    Args:
+        recipe: Images per optimizer step that the schedule is for.
+    """
+
+    def __init__(self, recipe: int) -> None:
+        self.recipe = recipe
+
+    def before_train(self, runner: Any) -> None:
+        """Log a line."""
+        per_device, devices = runner.train_dataloader.batch_size, get_world_size()
+        accumulated = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        total = per_device * devices * accumulated
+        runner.logger.info(
+            f"Global batch {total} = {per_device} per device x {devices} device(s) x {accumulated} accumulated"
+        )
+        if total != self.recipe:
+            runner.logger.warning(
+                f"The schedule is for {self.recipe} images per step, this run has {total}. Set "
+                "train_dataloader.batch_size, or change the learning rate with it."
+            )

@@ -8,6 +8,8 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from nepa_plugin.segmentation.errors import ConfigError
+
 _BLOCK = re.compile(r"backbone\.vit\.blocks\.(\d+)\.")
 
 
@@ -25,7 +27,7 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: ``dict(layer_decay=d)`` with d in (0, 1]; 1 turns the decay off.
 
     Raises:
-        ValueError: If ``layer_decay`` is missing or out of range, there are other keys, or the model has no such
+        ConfigError: If ``layer_decay`` is missing or out of range, there are other keys, or the model has no such
             backbone.
     """
 
@@ -33,16 +35,16 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg = paramwise_cfg or {}
         decay = paramwise_cfg.get("layer_decay")
         if set(paramwise_cfg) != {"layer_decay"} or not isinstance(decay, int | float) or not 0 < decay <= 1:
-            raise ValueError(f"paramwise_cfg={dict(paramwise_cfg)}: give exactly dict(layer_decay=d) with 0 < d <= 1.")
+            raise ConfigError(f"paramwise_cfg={dict(paramwise_cfg)}: give exactly dict(layer_decay=d) with 0 < d <= 1.")
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         if self.base_lr is None or self.base_wd is None:
-            raise ValueError("Layer decay needs lr and weight_decay in the optimizer's config.")
+            raise ConfigError("Layer decay needs lr and weight_decay in the optimizer's config.")
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: object) -> None:
         """Append one group per layer and kind of parameter to ``params``, from the input to the heads."""
         blocks = getattr(getattr(getattr(module, "backbone", None), "vit", None), "blocks", None)
         if blocks is None:
-            raise ValueError(f"{type(module).__name__} has no TimmViT backbone, which layer decay is for.")
+            raise ConfigError(f"{type(module).__name__} has no TimmViT backbone, which layer decay is for.")
         depth, decay = len(blocks), self.paramwise_cfg["layer_decay"]
         groups: dict[tuple[int, bool], dict] = {}
         for name, parameter in module.named_parameters():

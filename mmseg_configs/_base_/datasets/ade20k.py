@@ -1,8 +1,8 @@
 # ADE20K, 150 classes: images and annotations, each with training and validation, in $ADE20K or the folder below.
 dataset_type = "ADE20K"
 data_root = "{{$ADE20K:data/ade/ADEChallengeData2016}}"
-# 16 images in every step, however many processes share them; mmengine reads the variable.
-processes = int("{{$WORLD_SIZE:1}}")
+# 16 images in every step, however many processes of torchrun or srun share them; mmengine reads the variables
+processes = int("{{$WORLD_SIZE:0}}") or int("{{$SLURM_NTASKS:1}}")
 crop_size = (512, 512)
 train_pipeline = [
     dict(type="LoadImageFromFile"),

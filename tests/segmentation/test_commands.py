@@ -1,0 +1,184 @@
+"""The commands as a user types them: tools, mim train, --resume, mim test, and two processes without a GPU."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmseg")
+pytest.importorskip("mim")
+from PIL import Image
+from tiny import CONFIGS, losses, tiny_options
+
+ROOT = CONFIGS.parent
+MIM = [sys.executable, "-m", "mim"]
+TOOLS = ROOT / "tools"
+
+
+def _installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+PACKAGE = "mmsegmentation" if _installed("mmsegmentation") else "onedl-mmsegmentation"
+
+
+def as_options(options):
+    """As --cfg-options takes them."""
+    words = []
+    for key, value in options.items():
+        if key == "model.backbone.init_cfg":
+            key, value = "model.backbone.init_cfg.checkpoint", value["checkpoint"]
+        if key == "model.backbone.model_args":
+            words += [f"{key}.{k}={v}" for k, v in value.items()]
+        else:
+            words.append(f"{key}={value}".replace(" ", ""))
+    return ["--cfg-options", *words]
+
+
+def command(*args, check=True, **kwargs):
+    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1")
+    done = subprocess.run([*map(str, args)], capture_output=True, text=True, timeout=600, env=environment, **kwargs)
+    output = done.stdout + done.stderr
+    if check:
+        assert done.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def options(scenes, backbone_folder):
+    return as_options(tiny_options(scenes, backbone_folder))
+
+
+def train(work_dir, options, *args, config="nepa_tiny_digits_seg.py", **kwargs):
+    return command(*MIM, "train", PACKAGE, CONFIGS / config, "--work-dir", work_dir, *args, *options, **kwargs)
+
+
+def mean_iou(output):
+    return float(re.findall(r"mIoU: ([\d.]+)", output)[-1])
+
+
+@pytest.mark.slow
+def test_train_test_and_segment(scenes, options, tmp_path):
+    work_dir = tmp_path / "w"
+    train(work_dir, options)
+    assert list(losses(work_dir)) == [1, 2, 3, 4]
+    (best,) = work_dir.glob("best_mIoU_iter_*.pth")
+    tested = command(*MIM, "test", PACKAGE, CONFIGS / "nepa_tiny_digits_seg.py", "--checkpoint", best,
+                     "--work-dir", tmp_path / "t", *options)  # fmt: skip
+    images = sorted((scenes / "images/validation").iterdir())
+    (config,) = work_dir.glob("*.py")
+    said = command(sys.executable, TOOLS / "segment.py", config, best, *images, "--out", tmp_path / "out")
+    assert f"mIoU {mean_iou(tested):.1f} % over 7 image(s) with labels" in said
+    assert len(list((tmp_path / "out").glob("*.png"))) == 7
+    with Image.open(tmp_path / "out" / "000_0000.png") as picture:
+        assert min(picture.size) > 150
+    with (tmp_path / "out" / "class_iou.csv").open() as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert float(rows["mean"]["IoU"]) == pytest.approx(mean_iou(tested), abs=0.011)
+    assert rows["background"]["IoU"] and len(rows) == 12
+
+
+@pytest.mark.slow
+def test_resume_after_a_kill(scenes, options, tmp_path):
+    """SIGKILL in the middle; --resume goes on from the last checkpoint and reaches the end."""
+    work_dir = tmp_path / "w"
+    longer = [*options, "train_cfg.max_iters=40", "param_scheduler.1.end=40", "train_cfg.val_interval=40"]
+    args = [*MIM, "train", PACKAGE, CONFIGS / "nepa_tiny_digits_seg.py", "--work-dir", work_dir, *longer]
+    process = subprocess.Popen(
+        [*map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not (work_dir / "iter_4.pth").is_file() and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    stopped_at = int((work_dir / "last_checkpoint").read_text().rsplit("_", 1)[1].removesuffix(".pth"))
+    assert 0 < stopped_at < 40
+    refused = train(work_dir, longer, check=False)
+    assert "error: " in refused and "Add --resume to go on with it" in refused
+    output = train(work_dir, longer, "--resume")
+    assert f"iter: {stopped_at}" in output
+    assert (work_dir / "iter_40.pth").is_file() and list(losses(work_dir))[-1] == 40
+    assert torch.load(work_dir / "iter_40.pth", weights_only=True)["meta"]["iter"] == 40
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the config is for machines without CUDA")
+def test_two_processes(scenes, options, tmp_path):
+    config, work_dir = "nepa_tiny_digits_seg_cpu_ddp.py", tmp_path / "w"
+    distributed = ["--launcher", "pytorch", "--gpus", "2"]
+    output = train(work_dir, options, *distributed, config=config)
+    assert "Global batch 16 = 8 per device x 2 device(s)" in output
+    assert list(losses(work_dir)) == [1, 2, 3, 4]
+    # the 7 validation images are no multiple of two processes; each counts once
+    tested = [
+        command(
+            *MIM,
+            "test",
+            PACKAGE,
+            CONFIGS / config,
+            "--checkpoint",
+            work_dir / "iter_4.pth",
+            "--work-dir",
+            tmp_path / f"t{len(extra)}",
+            *extra,
+            *options,
+        )  # fmt: skip
+        for extra in ([], distributed)
+    ]
+    assert mean_iou(tested[0]) == mean_iou(tested[1])
+
+
+@pytest.mark.slow
+def test_make_digit_scenes(tmp_path):
+    tool = [sys.executable, TOOLS / "make_digit_scenes.py", tmp_path / "scenes", "--training", "2", "--validation", "1"]
+    assert f"Wrote {tmp_path / 'scenes'}" in command(*tool)
+    assert len(list((tmp_path / "scenes").rglob("*.png"))) == 6
+    assert "error: " in command(*tool, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nothing.py", "nothing.pth", "nothing.jpg"], "no image file at nothing.jpg"),
+        ([CONFIGS / "nepa_tiny_digits_seg.py", "nothing.pth", Path(__file__)], "No checkpoint at nothing.pth"),
+        (["nothing.py", "nothing.pth", Path(__file__)], "No config at nothing.py"),
+    ],
+)
+def test_bad_input_of_segment(args, message, tmp_path):
+    output = command(sys.executable, TOOLS / "segment.py", *args, "--out", tmp_path / "o", check=False)
+    assert output.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train_dataloader.dataset.data_root=no/such/folder", "DigitScenes: no folder at no/such/folder/images/train"),
+        ("model.backbone.arch=nepa_vit_tny_patch14_224", "Did you mean nepa_vit_tiny_patch14_224"),
+        ("model.backbone.out_indices=(0,1,2,4)", "has 4 blocks, 0 to 3"),
+        ("model.backbone.init_cfg.checkpoint=no/such/folder/", "No checkpoint at no/such/folder"),
+        ("model.backbone.dpeth=3", "unexpected keyword argument 'dpeth'"),
+    ],
+)
+def test_bad_input_of_training_is_one_line(options, tmp_path, change, message):
+    script = Path(__import__("mmseg").__file__).parent / ".mim" / "tools" / "train.py"
+    output = command(sys.executable, script, CONFIGS / "nepa_tiny_digits_seg.py", "--work-dir", tmp_path / "w",
+                     *options, change, check=False)  # fmt: skip
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert not list((tmp_path / "w").glob("*.pth"))
