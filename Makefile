@@ -3,11 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN ?= runs/demo
+SCENES ?= data/digit_scenes
+SEG_RUN ?= runs/demo_segmentation
+SEG_CONFIG := mmseg_configs/nepa_tiny_digits_seg.py
 
-.PHONY: help setup demo test test-fast lint clean
+.PHONY: help setup demo segment-demo test test-fast lint clean
 help:
 	@echo "make setup      create .venv and install everything (once; several GB, some minutes)"
 	@echo "make demo       pretrain NEPA on handwritten digits and look at what it learned (under ten minutes)"
+	@echo "make segment-demo   the same, then segmentation of scenes of digits in mmsegmentation (ten minutes)"
 	@echo "make test       run all tests          make test-fast   without the slow ones"
 	@echo "make lint       ruff and mypy          make clean       remove .venv"
 
@@ -33,6 +37,21 @@ demo: setup
 	@echo "All curves:    $(BIN)/tensorboard --logdir $(RUN)"
 	@echo "Next, your own images:"
 	@echo "  $(BIN)/python tools/pretrain.py --config lightly_configs/nepa_vit_b.yaml --data.train_dir YOUR_IMAGES"
+
+segment-demo: setup
+	test -d $(RUN)/backbone || \
+		$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_digits.yaml --run_dir $(RUN) --ckpt_path auto
+	test -d $(SCENES) || $(BIN)/python tools/make_digit_scenes.py $(SCENES)
+	DIGIT_SCENES=$(SCENES) $(BIN)/mim train mmsegmentation $(SEG_CONFIG) --work-dir $(SEG_RUN) --resume \
+		--cfg-options model.backbone.init_cfg.checkpoint=$(RUN)/backbone
+	DIGIT_SCENES=$(SCENES) $(BIN)/mim test mmsegmentation $(SEG_CONFIG) --checkpoint $(SEG_RUN)/iter_500.pth \
+		--work-dir $(SEG_RUN)/test
+	$(BIN)/python tools/segment.py $(SEG_CONFIG) $(SEG_RUN)/iter_500.pth $(SCENES)/images/validation/*.png \
+		--out $(SEG_RUN)/pictures
+	@echo
+	@echo "Image, prediction and label:  $(SEG_RUN)/pictures/000_0000.png and the others there"
+	@echo "IoU per class:                $(SEG_RUN)/pictures/class_iou.csv"
+	@echo "Next, your own segmentation task: docs/segmentation.md"
 
 test: setup
 	$(BIN)/python -m pytest

@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument(
         "folder", help="folder to create: images/ and annotations/, each with training/ and validation/"
     )
-    parser.add_argument("--training", type=int, default=100, help="number of training scenes")
+    parser.add_argument("--training", type=int, default=600, help="number of training scenes")
     parser.add_argument("--validation", type=int, default=100, help="number of validation scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the composition")
     args = parser.parse_args()

@@ -16,16 +16,17 @@ _CELL = 32  # pixels; every cell of a scene holds at most one digit
 
 def digit_scenes(
     root: str | Path,
-    num_training: int = 100,
+    num_training: int = 600,
     num_validation: int = 100,
-    grid: tuple[int, int] = (2, 3),
+    grid: tuple[int, int] = (1, 2),
     seed: int = 0,
 ) -> Path:
     """Write scenes of digits as ``images/{training,validation}/*.png`` and ``annotations/{training,validation}/*.png``.
 
     Each scene is a grid of cells of 32 pixels over faint noise; three of four hold a digit of 24 to 32 pixels at a
-    random place. Bright pixels have the digit's class, its soft border is void (label 0), all else is background.
-    Validation scenes are made of other digits than training scenes and pretraining.
+    random place, a size that pretraining on digits of 32 pixels has seen. Bright pixels have the digit's class, its
+    soft border is void (label 0), all else is background. Validation scenes are made of other digits than training
+    scenes and pretraining.
 
     Args:
         root: Folder to create.

@@ -135,7 +135,7 @@ def test_two_processes(scenes, options, tmp_path):
             tmp_path / f"t{len(extra)}",
             *extra,
             *options,
-        )  # fmt: skip
+        )
         for extra in ([], distributed)
     ]
     assert mean_iou(tested[0]) == mean_iou(tested[1])

@@ -22,7 +22,7 @@ def test_layout_sizes_and_labels(tmp_path):
 
 def test_the_class_of_a_digit_is_its_label(tmp_path):
     """Each cell holds the pixels of one digit; the nearest scan of that class must be nearer than those of others."""
-    root = digit_scenes(tmp_path / "scenes", num_training=20, num_validation=1)
+    root = digit_scenes(tmp_path / "scenes", num_training=20, num_validation=1, grid=(2, 3))
     images, labels = digit_images(32)
     scans = np.stack([np.asarray(i) for i in images[:TRAINING_DIGITS]]).astype(float)
     right = total = 0

@@ -1,12 +1,10 @@
-# Scenes of handwritten digits, 11 classes, 96x64, written by tools/make_digit_scenes.py to $DIGIT_SCENES or the folder
-# below. The pipelines are ADE20K's without resizing and flipping: a mirrored digit is another shape.
+# Scenes of handwritten digits, 11 classes, 64x32, written by tools/make_digit_scenes.py to $DIGIT_SCENES or the folder
+# below. No flips: a mirrored digit is another shape.
 dataset_type = "DigitScenes"
 data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(96, 64), ratio_range=(0.8, 1.25), keep_ratio=True),
-    dict(type="RandomCrop", crop_size=(64, 64)),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
@@ -37,7 +35,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=20,
+    batch_size=25,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
