@@ -15,11 +15,19 @@ from pathlib import Path
 CONFIG = Path(__file__).parent.parent / "mmseg_configs" / "nepa_tiny_digits_seg.py"
 
 
-def final_miou(work_dir: Path, iterations: int) -> float | None:
-    """Return the mIoU after the last iteration, or None if the run is not finished."""
+def curve(work_dir: Path) -> dict[int, float]:
+    """Return the mIoU in per cent by training iteration."""
     rows = [json.loads(line) for file in sorted(work_dir.glob("*/vis_data/2*.json")) for line in file.open()]
-    scores = [row["mIoU"] for row in rows if "mIoU" in row and row["step"] == iterations]
-    return scores[-1] if scores else None
+    return {row["step"]: row["mIoU"] for row in rows if "mIoU" in row}
+
+
+def train(work_dir: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "mim", "train", "mmsegmentation", CONFIG, "--work-dir", work_dir]
+    command += ["--resume", "--cfg-options", *options]
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / "train.log").open("a") as log:
+        if subprocess.run([str(c) for c in command], stdout=log, stderr=subprocess.STDOUT).returncode:
+            sys.exit(f"error: training failed; see {work_dir / 'train.log'}.")
 
 
 def main() -> None:
@@ -29,26 +37,20 @@ def main() -> None:
     args = parser.parse_args()
     from mmengine.config import Config
 
-    iterations = Config.fromfile(CONFIG).train_cfg.max_iters
-    print(
-        f"mIoU in % after {iterations} iterations\n\n| weights | {' | '.join(f'seed {s}' for s in args.seeds)} | mean |"
-    )
-    print("| --- " * (len(args.seeds) + 2) + "|")
+    schedule = Config.fromfile(CONFIG).train_cfg
+    steps = range(schedule.val_interval, schedule.max_iters + 1, schedule.val_interval)
+    print(f"| weights | seed | {' | '.join(f'step {step}' for step in steps)} |")
+    print("| --- " * (len(steps) + 2) + "|")
     for name, options in (("pretrained", []), ("random", ["model.backbone.init_cfg=None"])):
-        scores = []
+        curves = []
         for seed in args.seeds:
             work_dir = args.runs / f"{name}-{seed}"
-            if final_miou(work_dir, iterations) is None:
-                command = [sys.executable, "-m", "mim", "train", "mmsegmentation", CONFIG, "--work-dir", work_dir]
-                command += ["--resume", "--cfg-options", f"randomness.seed={seed}", *options]
-                work_dir.mkdir(parents=True, exist_ok=True)
-                with (work_dir / "train.log").open("a") as log:
-                    subprocess.run([str(c) for c in command], check=True, stdout=log, stderr=subprocess.STDOUT)
-            score = final_miou(work_dir, iterations)
-            if score is None:
-                sys.exit(f"error: {work_dir} ended without a final score; see {work_dir / 'train.log'}.")
-            scores.append(score)
-        print(f"| {name} | {' | '.join(f'{s:.1f}' for s in scores)} | {statistics.mean(scores):.1f} |", flush=True)
+            if schedule.max_iters not in curve(work_dir):
+                train(work_dir, [f"randomness.seed={seed}", *options])
+            curves.append([curve(work_dir)[step] for step in steps])
+            print(f"| {name} | {seed} | {' | '.join(f'{score:.1f}' for score in curves[-1])} |", flush=True)
+        means = [statistics.mean(scores) for scores in zip(*curves, strict=True)]
+        print(f"| {name} | mean | {' | '.join(f'{mean:.1f}' for mean in means)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,4 +5,3 @@ custom_imports = dict(imports=["nepa_plugin.segmentation", "nepa_plugin.segmenta
 model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
 norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN is for GPUs
 model = dict(neck=dict(norm_cfg=norm_cfg), decode_head=dict(norm_cfg=norm_cfg), auxiliary_head=dict(norm_cfg=norm_cfg))
-train_dataloader = dict(batch_size=8)  # 16 over two processes

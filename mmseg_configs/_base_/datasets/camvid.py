@@ -1,5 +1,6 @@
 # CamVid, 11 classes, 480x360: images/{training,validation} and annotations/{training,validation} in $CAMVID or the
 # folder below. The pipelines are ADE20K's with the scales of these smaller images.
+_base_ = "./ade20k.py"  # its loaders and metric
 dataset_type = "CamVid"
 data_root = "{{$CAMVID:data/camvid}}"
 scale, crop_size = (480, 360), (352, 352)
@@ -36,30 +37,6 @@ tta_pipeline = [
         ],
     ),
 ]
-train_dataloader = dict(
-    batch_size=16,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
-)
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
-)
+train_dataloader = dict(dataset=dict(type=dataset_type, data_root=data_root, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(type=dataset_type, data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-test_evaluator = val_evaluator

@@ -1,5 +1,6 @@
 # Scenes of handwritten digits, 11 classes, 64x32, written by tools/make_digit_scenes.py to $DIGIT_SCENES or the folder
 # below. No flips: a mirrored digit is another shape.
+_base_ = "./ade20k.py"  # its loaders and metric
 dataset_type = "DigitScenes"
 data_root = "{{$DIGIT_SCENES:data/digit_scenes}}"
 train_pipeline = [
@@ -23,28 +24,9 @@ tta_pipeline = [
         ],
     ),
 ]
-train_dataloader = dict(
-    batch_size=16,
-    num_workers=0,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-        pipeline=train_pipeline,
-    ),
-)
+in_process = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(dataset=dict(type=dataset_type, data_root=data_root, pipeline=train_pipeline), **in_process)
 val_dataloader = dict(
-    batch_size=25,
-    num_workers=0,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type=dataset_type,
-        data_root=data_root,
-        data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-        pipeline=test_pipeline,
-    ),
+    batch_size=25, dataset=dict(type=dataset_type, data_root=data_root, pipeline=test_pipeline), **in_process
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-test_evaluator = val_evaluator
