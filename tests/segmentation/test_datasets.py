@@ -75,14 +75,14 @@ def test_a_damaged_label_map_is_named(scenes):
 
 
 def test_a_label_map_in_colours_is_refused(scenes):
-    write(scenes / "annotations/training/0001.png", np.zeros((64, 96, 3)))
+    write(scenes / "annotations/training/0001.png", np.zeros((32, 64, 3)))
     with pytest.raises(DatasetError, match=r"0001\.png is not an 8-bit map of class indices"):
         build(scenes)
 
 
 def test_a_label_map_of_another_size_is_named(scenes):
-    write(scenes / "annotations/training/0003.png", np.ones((64, 64)))
-    with pytest.raises(DatasetError, match=r"0003\.png is \(64, 64\) pixels, its image \(96, 64\)"):
+    write(scenes / "annotations/training/0003.png", np.ones((64, 96)))
+    with pytest.raises(DatasetError, match=r"0003\.png is \(96, 64\) pixels, its image \(64, 32\)"):
         build(scenes)
 
 
