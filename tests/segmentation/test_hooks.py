@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from tiny import losses, tiny_config
 
 import nepa_plugin
-from nepa_plugin.checkpoints import CheckpointError
+from nepa_plugin.checkpoints import CheckpointError, read_tensors
 
 
 def test_a_run_writes_checkpoints_logs_and_the_best(run):
@@ -22,7 +22,7 @@ def test_a_run_writes_checkpoints_logs_and_the_best(run):
 
 
 def test_the_backbone_of_a_checkpoint_loads(run, tmp_path):
-    weights = torch.load(run / "iter_4.pth", weights_only=True)["state_dict"]
+    weights = read_tensors(run / "iter_4.pth")["state_dict"]
     model = nepa_plugin.load_backbone(run / "iter_4.pth")
     own = model.state_dict()
     assert own and all(torch.equal(own[key], weights["backbone.vit." + key]) for key in own)
@@ -35,7 +35,7 @@ def test_the_backbone_of_a_checkpoint_loads(run, tmp_path):
 def test_a_backbone_from_a_segmentation_run(run, scenes, tmp_path):
     runner = Runner.from_cfg(tiny_config(scenes, run / "iter_4.pth", tmp_path / "w"))
     runner.model.init_weights()
-    weights = torch.load(run / "iter_4.pth", weights_only=True)["state_dict"]
+    weights = read_tensors(run / "iter_4.pth")["state_dict"]
     state = runner.model.state_dict()
     assert all(torch.equal(state[k], v) for k, v in weights.items() if k.startswith("backbone."))
 
@@ -56,7 +56,7 @@ def test_resume_goes_on_where_it_stopped(run, scenes, backbone_folder, tmp_path)
     second = tiny_config(scenes, backbone_folder, tmp_path / "r", resume=True, **options)
     Runner.from_cfg(second).train()
     assert list(losses(tmp_path / "r")) == [1, 2, 3, 4]
-    states = [torch.load(folder / "iter_4.pth", weights_only=True) for folder in (run, tmp_path / "r")]
+    states = [read_tensors(folder / "iter_4.pth") for folder in (run, tmp_path / "r")]
     assert states[0]["meta"]["iter"] == states[1]["meta"]["iter"] == 4
     rates = [[g["lr"] for g in s["optimizer"]["param_groups"]] for s in states]
     assert rates[0] == pytest.approx(rates[1])
@@ -74,7 +74,7 @@ def test_resume_goes_on_where_it_stopped(run, scenes, backbone_folder, tmp_path)
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_an_error(run, scenes, tmp_path, change, message):
-    checkpoint = torch.load(run / "iter_4.pth", weights_only=True)
+    checkpoint = read_tensors(run / "iter_4.pth")
     change(checkpoint["state_dict"])
     torch.save(checkpoint, tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError, match=message):
@@ -111,7 +111,7 @@ def test_multi_scale_testing_checks_the_checkpoint_too(run, scenes, tmp_path):
     cfg.test_dataloader.batch_size = 1
     metrics = Runner.from_cfg(cfg).test()
     assert 0 <= metrics["mIoU"] <= 100
-    checkpoint = torch.load(run / "iter_4.pth", weights_only=True)
+    checkpoint = read_tensors(run / "iter_4.pth")
     checkpoint["state_dict"].pop("backbone.vit.cls_token")
     torch.save(checkpoint, tmp_path / "damaged.pth")
     cfg.load_from, cfg.experiment_name = str(tmp_path / "damaged.pth"), "damaged"
