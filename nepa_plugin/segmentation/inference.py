@@ -17,7 +17,7 @@ from torch import nn
 
 from nepa_plugin.checkpoints import read_tensors
 from nepa_plugin.segmentation.datasets import VOID, read_label_map
-from nepa_plugin.segmentation.errors import DatasetError
+from nepa_plugin.segmentation.errors import ConfigError, DatasetError
 from nepa_plugin.segmentation.hooks import check_segmentor
 
 _LEGEND_ENTRIES = 24
@@ -37,12 +37,15 @@ def load_segmentor(config: str | Path, checkpoint: str | Path, device: str = "cp
 
     Raises:
         FileNotFoundError: If config or checkpoint does not exist.
+        ConfigError: If the config is for multi-scale testing.
         CheckpointError: If the checkpoint is not one of this model; names the weights.
     """
     for what, path in (("config", config), ("checkpoint", checkpoint)):
         if not Path(path).is_file():
             raise FileNotFoundError(f"No {what} at {path}.")
     cfg = Config.fromfile(config)
+    if "module" in cfg.model:
+        raise ConfigError(f"{config} is for multi-scale testing with mim test. Give the config that it is based on.")
     init_default_scope(cfg.get("default_scope", "mmseg"))
     model: Any = init_model(cfg, device=device)
     stored = read_tensors(checkpoint)

@@ -9,9 +9,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from PIL import Image
 from sklearn.metrics import jaccard_score
+from tiny import CONFIGS
 
 from nepa_plugin.checkpoints import CheckpointError, read_tensors
-from nepa_plugin.segmentation import DatasetError
+from nepa_plugin.segmentation import ConfigError, DatasetError
 from nepa_plugin.segmentation.inference import (
     class_iou,
     load_segmentor,
@@ -78,6 +79,11 @@ def test_the_checkpoint_must_fit(run, tmp_path):
         load_segmentor(run / "config.py", tmp_path / "nothing.pth")
     with pytest.raises(FileNotFoundError, match="No config at"):
         load_segmentor(tmp_path / "nothing.py", run / "iter_4.pth")
+
+
+def test_the_multi_scale_config_is_refused(run):
+    with pytest.raises(ConfigError, match="Give the config that it is based on"):
+        load_segmentor(CONFIGS / "nepa_vit_b_ade20k_ms.py", run / "iter_4.pth")
 
 
 def test_bad_images_and_labels(model, tmp_path):
