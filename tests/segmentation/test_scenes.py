@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("mmseg")
 from nepa_plugin.digits import TRAINING_DIGITS, digit_images
 from nepa_plugin.segmentation.scenes import SCENE_CLASSES, digit_scenes
 
