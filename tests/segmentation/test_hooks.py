@@ -48,7 +48,7 @@ def test_another_run_is_not_overwritten(run, scenes, backbone_folder):
 
 
 def test_resume_goes_on_where_it_stopped(run, scenes, backbone_folder, tmp_path):
-    """Two steps, then two more after --resume, follow the run of four: weights, optimizer, schedule and data."""
+    """Two steps, then two more after --resume: steps, schedule and optimizer are those of the run of four."""
     options = {"default_hooks__checkpoint__save_best": None}
     first = tiny_config(scenes, backbone_folder, tmp_path / "r", **options)
     first.train_cfg.max_iters = 2
@@ -60,6 +60,7 @@ def test_resume_goes_on_where_it_stopped(run, scenes, backbone_folder, tmp_path)
     assert states[0]["meta"]["iter"] == states[1]["meta"]["iter"] == 4
     rates = [[g["lr"] for g in s["optimizer"]["param_groups"]] for s in states]
     assert rates[0] == pytest.approx(rates[1])
+    assert {int(state["step"]) for state in states[1]["optimizer"]["state"].values()} == {4}
 
 
 @pytest.mark.parametrize(
