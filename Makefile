@@ -13,7 +13,7 @@ help:
 	@echo "make demo       pretrain NEPA on handwritten digits and look at what it learned (under ten minutes)"
 	@echo "make segment-demo   the same, then segmentation of scenes of digits in mmsegmentation (ten minutes)"
 	@echo "make test       run all tests          make test-fast   without the slow ones"
-	@echo "make lint       ruff and mypy          make clean       remove .venv"
+	@echo "make lint       ruff and mypy          make clean       remove the environments"
 
 setup: $(STAMP)
 
@@ -65,4 +65,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-onedl
