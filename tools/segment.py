@@ -14,6 +14,7 @@ import torch
 
 from nepa_plugin.segmentation.datasets import label_map_of
 from nepa_plugin.segmentation.inference import (
+    check_image,
     class_iou,
     load_segmentor,
     plot_segmentation,
@@ -34,6 +35,10 @@ def main() -> None:
         if missing := [str(image) for image in args.images if not image.is_file()]:
             raise FileNotFoundError(f"no image file at {', '.join(missing[:3])}.")
         model = load_segmentor(args.config, args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+        for image in args.images:
+            size, label_map = check_image(image), label_map_of(image)
+            if label_map is not None and check_image(label_map) != size:
+                raise ValueError(f"{label_map} has another size than its image {image}.")
         args.out.mkdir(parents=True, exist_ok=True)
         scored: list[tuple[np.ndarray, np.ndarray]] = []
         for i, image in enumerate(args.images):

@@ -1,6 +1,7 @@
 """What mmengine 0.10 and mmsegmentation 1.2 need to run on current torch. Importing this module applies it.
 
-``mim`` itself needs ``pkg_resources``, which setuptools dropped in version 81; the ``mmseg`` extra pins that.
+``mim`` itself needs ``pkg_resources``, which newer setuptools lacks; the ``mmseg`` extra pins ``setuptools<81``. That
+pin can go when openmim reads package metadata through ``importlib.metadata``.
 """
 
 import importlib

@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
+from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
 from PIL import Image
@@ -33,7 +34,7 @@ def load_segmentor(config: str | Path, checkpoint: str | Path, device: str = "cp
 
     Returns:
         The model in evaluation mode, with mmsegmentation's ``cfg`` and ``dataset_meta`` (``classes``, ``palette``,
-        ``reduce_zero_label``).
+        ``reduce_zero_label``, ``label_map``).
 
     Raises:
         FileNotFoundError: If config or checkpoint does not exist.
@@ -53,9 +54,31 @@ def load_segmentor(config: str | Path, checkpoint: str | Path, device: str = "cp
     model.load_state_dict(stored["state_dict"])
     # The checkpoint's own names count: the config may have been pointed at other data since.
     dataset = DATASETS.get(cfg.test_dataloader.dataset.type)
-    known = {**dataset.METAINFO, "reduce_zero_label": bool(getattr(dataset, "zero_is_void", False))}
+    zero_is_void = bool(getattr(dataset, "zero_is_void", False))
+    known = {**dataset.METAINFO, "reduce_zero_label": zero_is_void, "label_map": None}
     model.dataset_meta = known | (stored.get("meta", {}).get("dataset_meta") or {})
     return model  # type: ignore[no-any-return]
+
+
+def check_image(path: str | Path) -> tuple[int, int]:
+    """Check that a file is an image.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        DatasetError: If it is none.
+    """
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            image.verify()
+    except (OSError, SyntaxError) as error:
+        raise DatasetError(f"{path} cannot be read as an image: {error}") from error
+    return size[1], size[0]
 
 
 def predict(model: nn.Module, image: str | Path) -> np.ndarray:
@@ -71,17 +94,13 @@ def predict(model: nn.Module, image: str | Path) -> np.ndarray:
     Raises:
         DatasetError: If the file is no image.
     """
-    try:
-        with Image.open(image) as opened:
-            opened.verify()
-    except (OSError, SyntaxError) as error:
-        raise DatasetError(f"{image} cannot be read as an image: {error}") from error
+    check_image(image)
     classes: np.ndarray = inference_model(model, str(image)).pred_sem_seg.data[0].cpu().numpy()
     return classes
 
 
 def read_labels(path: str | Path, model: nn.Module) -> np.ndarray:
-    """Read a label map as the model's class indices.
+    """Read a label map as the model's class indices, as mmsegmentation does in training.
 
     Args:
         path: 8-bit PNG of labels.
@@ -94,10 +113,9 @@ def read_labels(path: str | Path, model: nn.Module) -> np.ndarray:
         DatasetError: If the file is no label map, or has labels that are no class of the model.
     """
     meta: dict[str, Any] = model.dataset_meta  # type: ignore[assignment]
-    labels = read_label_map(path)
-    if meta["reduce_zero_label"]:
-        labels = labels - 1  # uint8: void 0 becomes 255
-        labels[labels == VOID - 1] = VOID
+    shape = read_label_map(path).shape
+    source = {"seg_map_path": str(path), "seg_fields": [], **{k: meta[k] for k in ("reduce_zero_label", "label_map")}}
+    labels: np.ndarray = LoadAnnotations()(source)["gt_seg_map"].reshape(shape)  # it drops sides of one pixel
     odd = np.unique(labels[(labels >= len(meta["classes"])) & (labels != VOID)])
     if odd.size:
         raise DatasetError(

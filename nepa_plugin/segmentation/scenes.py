@@ -56,8 +56,9 @@ def digit_scenes(
             rng = np.random.default_rng([seed, chosen.start])
             for kind in ("images", "annotations"):
                 (tmp / kind / split).mkdir(parents=True)
+            own_images, own_labels = [images[j] for j in chosen], labels[chosen]
             for i in range(count):
-                image, annotation = _scene([images[j] for j in chosen], labels[chosen], grid, rng)
+                image, annotation = _scene(own_images, own_labels, grid, rng)
                 Image.fromarray(image).convert("RGB").save(tmp / "images" / split / f"{i:04d}.png")
                 Image.fromarray(annotation).save(tmp / "annotations" / split / f"{i:04d}.png")
         tmp.chmod(0o755)

@@ -165,6 +165,22 @@ def test_bad_input_of_segment(args, message, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_segment_checks_every_file_first(run, scenes, tmp_path):
+    good = scenes / "images/validation/0000.png"
+    for kind in ("images", "annotations"):
+        (tmp_path / kind).mkdir()
+    bad, text = tmp_path / "images" / "a.png", tmp_path / "images" / "b.png"
+    bad.write_bytes(good.read_bytes())
+    text.write_text("no image")
+    Image.new("L", (32, 32), 1).save(tmp_path / "annotations" / "a.png")
+    tool = [sys.executable, TOOLS / "segment.py", run / "config.py", run / "iter_4.pth"]
+    for image, message in ((bad, "a.png has another size than its image"), (text, "cannot be read as an image")):
+        output = command(*tool, good, image, "--out", tmp_path / "o", check=False)
+        last = output.strip().splitlines()[-1]
+        assert last.startswith("error: ") and message in last and "Traceback" not in output
+        assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -100,6 +100,27 @@ def test_void_labels(model, tmp_path):
     assert read_labels(tmp_path / "map.png", model).tolist() == [[255, 0, 10, 255]]
 
 
+def test_labels_are_those_of_the_training_pipeline(model, scenes, monkeypatch):
+    """Also where a dataset of some of the classes maps the others to void."""
+    from mmengine.registry import init_default_scope
+
+    from nepa_plugin.segmentation import DigitScenes
+
+    init_default_scope("mmseg")
+    prefix = {"img_path": "images/validation", "seg_map_path": "annotations/validation"}
+    pipeline = [{"type": "LoadAnnotations"}]
+    some = {"classes": ("background", "digit 3", "digit 0")}
+    for metainfo in (None, some):
+        dataset = DigitScenes(data_root=str(scenes), data_prefix=dict(prefix), pipeline=pipeline, metainfo=metainfo)
+        monkeypatch.setattr(model, "dataset_meta", dataset.metainfo)
+        seen = set()
+        for item in dataset:
+            labels = read_labels(item["seg_map_path"], model)
+            np.testing.assert_array_equal(labels, item["gt_seg_map"])
+            seen |= set(np.unique(labels))
+        assert len(seen) > 2 and max(seen - {255}) < len(dataset.metainfo["classes"])
+
+
 def test_colours_of_the_picture(model, tmp_path):
     """A picture whose left half is predicted as class 1 shows that class's colour there and not on void."""
     pixels = np.full((40, 80, 3), 128, dtype=np.uint8)

@@ -8,11 +8,7 @@ train_pipeline = [
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
-    dict(type="PackSegInputs"),
-]
+test_pipeline = train_pipeline
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
