@@ -15,8 +15,7 @@ def test_a_run_writes_checkpoints_logs_and_the_best(run):
     assert list(losses(run)) == [1, 2, 3, 4]
     assert (run / "iter_4.pth").is_file() and list(run.glob("best_mIoU_iter_*.pth"))
     assert list(run.glob("*/vis_data/events.out.tfevents*"))
-    (log,) = run.glob("*/*.log")
-    text = log.read_text()
+    text = (run / "training.log").read_text()
     assert "Global batch 16 = 16 per device x 1 device(s) x 1 accumulated" in text
     assert text.count("Parameter groups, layer decay 0.") == 1
 
