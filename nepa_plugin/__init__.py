@@ -1,8 +1,9 @@
 """NEPA (Next-Embedding Predictive Autoregression, arXiv 2512.16922) for lightly and mmsegmentation.
 
-Importing the package registers the ``nepa_vit_*`` model names with timm.
+Importing the package registers the ``nepa_vit_*`` and ``plain_vit_*`` model names with timm.
 """
 
+from nepa_plugin import vit as _vit  # noqa: F401  registers plain_vit_*
 from nepa_plugin.checkpoints import CheckpointError, load_backbone, save_backbone
 from nepa_plugin.loss import NextEmbeddingLoss
 from nepa_plugin.predictor import NepaViT

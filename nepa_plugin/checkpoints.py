@@ -25,6 +25,8 @@ from nepa_plugin.predictor import NepaViT
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 #: Key of a Lightning checkpoint under which methods store how to rebuild their backbone (a timm ``config.json``).
 BACKBONE_CONFIG_KEY = "nepa_backbone_config"
+#: Key of a Lightning checkpoint for the prefix of the exported backbone's weights, ``"backbone."`` where it is absent.
+BACKBONE_PREFIX_KEY = "nepa_backbone_prefix"
 
 # Published names on the right. {i} is the block; qkv, and fc1 of a gated MLP, are concatenations of several tensors.
 _NEPA_KEYS: dict[str, tuple[str, ...]] = {
@@ -266,8 +268,10 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} does not say how to build its backbone (no {BACKBONE_CONFIG_KEY!r}): it was written neither by "
             "this package's methods nor, under mmengine, with custom_hooks=[dict(type='CheckpointGuardHook')]."
         )
+    prefix = checkpoint.get(BACKBONE_PREFIX_KEY, "backbone.")
     # mmengine's backbone is a wrapper that holds the timm model as "vit"
-    prefix = "backbone.vit." if any(k.startswith("backbone.vit.") for k in checkpoint["state_dict"]) else "backbone."
+    if any(k.startswith("backbone.vit.") for k in checkpoint["state_dict"]):
+        prefix = "backbone.vit."
     state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     return config, state
 

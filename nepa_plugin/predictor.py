@@ -361,7 +361,8 @@ def _check_divisible(img_size: Sequence[int], patch_size: Sequence[int]) -> None
 # -- timm names --------------------------------------------------------------------------------------------------------
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def default_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return timm's description of a model's images: 224 pixels, mean = std = 0.5."""
     return {
         "url": "",
         "num_classes": 0,
@@ -378,8 +379,8 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# embed_dim, depth, num_heads: the usual ViT sizes; base and large are the published ones.
-_SIZES: dict[str, tuple[int, int, int]] = {
+#: embed_dim, depth, num_heads: the usual ViT sizes; base and large are the published ones.
+MODEL_SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -388,12 +389,12 @@ _SIZES: dict[str, tuple[int, int, int]] = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {f"nepa_vit_{size}_patch14{mlp}_224": _cfg() for size in _SIZES for mlp in ("", "_swiglu")}
+    {f"nepa_vit_{size}_patch14{mlp}_224": default_cfg() for size in MODEL_SIZES for mlp in ("", "_swiglu")}
 )
 
 
 def _create(variant: str, size: str, swiglu: bool, pretrained: bool, **kwargs: Any) -> NepaViT:
-    embed_dim, depth, num_heads = _SIZES[size]
+    embed_dim, depth, num_heads = MODEL_SIZES[size]
     model_args: dict[str, Any] = {"patch_size": 14, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     if swiglu:
         # Two thirds of the GELU MLP's hidden size (rounded up to 64), so that both have the same number of parameters.

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from lightly.utils.benchmarking import OnlineLinearClassifier
-from lightly.utils.scheduler import CosineWarmupScheduler
+from lightly.utils.optim import update_param_groups
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from PIL import Image
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
@@ -16,8 +17,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import nepa_plugin.data
-from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, backbone_config, load_weights, read_checkpoint
-from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
+from nepa_plugin.checkpoints import (
+    BACKBONE_CONFIG_KEY,
+    BACKBONE_PREFIX_KEY,
+    backbone_config,
+    load_weights,
+    read_checkpoint,
+)
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
@@ -25,7 +31,8 @@ Batch = tuple[list[Tensor], Tensor, list[str]]
 class Method(LightningModule):
     """Base of the methods. A subclass adds its modules, its transform and its step.
 
-    Subclasses implement :meth:`step`, :meth:`forward` and :meth:`train_transform`; everything else is here.
+    Subclasses implement :meth:`step` and :meth:`train_transform`, and give their paper's recipe as the defaults of
+    their constructor; everything else is here. :meth:`step` works without a trainer.
 
     Args:
         batch_size_per_device: Images per device and forward pass; with devices and accumulation it scales the
@@ -37,8 +44,11 @@ class Method(LightningModule):
         drop_path_rate: Stochastic depth rate.
         backbone_args: Further arguments of ``timm.create_model``.
         init_from: Checkpoint whose weights the backbone starts from (anything ``load_backbone`` reads).
+        pool: What one feature per image is: ``"mean"`` of the patch tokens, or the ``"class"`` token.
         base_lr: Learning rate per 256 images of the global batch.
+        min_lr: Learning rate at the end of the cosine.
         weight_decay: AdamW weight decay of matrices; biases, norms and LayerScale have none.
+        final_weight_decay: Weight decay at the end of its own cosine; constant by default.
         betas: AdamW betas.
         warmup_fraction: Linear warm-up as a fraction of all steps.
         warmup_steps: Linear warm-up in steps; overrides the fraction.
@@ -48,6 +58,9 @@ class Method(LightningModule):
     Raises:
         ValueError: If the sizes do not fit, or the backbone's name is unknown.
     """
+
+    #: Attribute that holds the backbone which is validated and exported; a momentum encoder in some methods.
+    exported = "backbone"
 
     def __init__(
         self,
@@ -59,8 +72,11 @@ class Method(LightningModule):
         drop_path_rate: float = 0.0,
         backbone_args: dict[str, Any] | None = None,
         init_from: str | None = None,
+        pool: Literal["mean", "class"] = "mean",
         base_lr: float = 3e-4,
+        min_lr: float = 0.0,
         weight_decay: float = 0.05,
+        final_weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_fraction: float = 0.025,
         warmup_steps: int | None = None,
@@ -74,19 +90,23 @@ class Method(LightningModule):
             raise ValueError(f"warmup_fraction must be in [0, 1), got {warmup_fraction}; use warmup_steps for steps.")
         self.batch_size_per_device = batch_size_per_device
         self.img_size = img_size
+        self.pool = pool
         self.base_lr = base_lr
+        self.min_lr = min_lr
         self.weight_decay = weight_decay
+        self.final_weight_decay = final_weight_decay
         self.betas = betas
         self.warmup_fraction = warmup_fraction
         self.warmup_steps = warmup_steps
         self.clip_grad_norm = clip_grad_norm
         self.ema_decay = ema_decay
-        self.mean, self.std = NEPA_MEAN, NEPA_STD
-        args = {"img_size": img_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate}
+        args = {"img_size": img_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate, "num_classes": 0}
         try:
             self.backbone: Any = timm.create_model(backbone, **(args | (backbone_args or {})))
         except RuntimeError as error:
             raise ValueError(f"backbone={backbone!r} is not a timm model: {error}") from error
+        #: Normalisation of the images: the backbone's own, which evaluation uses too.
+        self.mean, self.std = tuple(self.backbone.pretrained_cfg["mean"]), tuple(self.backbone.pretrained_cfg["std"])
         if init_from is not None:
             load_weights(self.backbone, read_checkpoint(init_from)[-1], init_from)
         self.online_classifier: OnlineLinearClassifier | None = None
@@ -108,7 +128,29 @@ class Method(LightningModule):
         """Return the augmentation: from a PIL image to a list of views (C, H, W)."""
         raise NotImplementedError
 
+    # -- features ------------------------------------------------------------------------------------------------------
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Return one feature per image (B, D) of the backbone's tokens (B, T, D), as ``pool`` says."""
+        return tokens[:, 0] if self.pool == "class" else tokens[:, self.backbone.num_prefix_tokens :].mean(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return image features of the exported backbone.
+
+        Args:
+            images: Normalised images (B, C, H, W).
+
+        Returns:
+            Features after the final norm, (B, D).
+        """
+        return self.pooled(getattr(self, self.exported).forward_features(images))
+
     # -- data ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def normalize(self) -> dict[str, list[float]]:
+        """The normalisation as lightly's transforms take it."""
+        return {"mean": list(self.mean), "std": list(self.std)}
 
     def eval_transform(self, crop_pct: float = 0.875) -> Callable[[Image.Image], Tensor]:
         """Return the evaluation transform that fits :meth:`train_transform`'s size and normalisation."""
@@ -177,7 +219,8 @@ class Method(LightningModule):
         optimizer = AdamW([g for g in groups.values() if g["params"]], lr=lr, betas=(self.betas[0], self.betas[1]))
         warmup = self._clamped_warmup(steps)
         self._announce(lr, steps, warmup)
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=0.0)
+        end = self.min_lr / lr if lr else 0.0
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=end)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def _clamped_warmup(self, steps: int) -> int:
@@ -199,6 +242,14 @@ class Method(LightningModule):
                 f"The moving average with decay {self.ema_decay} spans {1 / (1 - self.ema_decay):.0f} steps, this run "
                 f"has {steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
             )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Move the weight decay along its schedule."""
+        if self.final_weight_decay is None:
+            return
+        step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+        value = cosine_schedule(min(step, steps), steps, self.weight_decay, self.final_weight_decay)
+        update_param_groups(optimizer, updates=[{"name": "decay", "weight_decay": value}])
 
     def configure_gradient_clipping(
         self,
@@ -259,3 +310,4 @@ class Method(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store how to rebuild the backbone, so that ``load_backbone`` reads the checkpoint without this class."""
         checkpoint[BACKBONE_CONFIG_KEY] = backbone_config(self.backbone)
+        checkpoint[BACKBONE_PREFIX_KEY] = f"{self.exported}."

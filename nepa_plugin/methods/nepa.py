@@ -58,23 +58,12 @@ class NEPA(Method):
         """Return the published augmentation at this model's image size."""
         return NEPATransform(self.img_size, self.crop_scale, self.hflip_prob, self.mean, self.std)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return image features.
-
-        Args:
-            images: Normalised images (B, C, H, W).
-
-        Returns:
-            Mean of the patch tokens after the final norm, (B, D).
-        """
-        return self.backbone.forward_features(images)[:, 1:].mean(dim=1)
-
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the next-embedding loss of the one view (B, C, H, W), and its features (B, D)."""
         embeddings, predictions = self.backbone.predict_next(views[0])
         if self.is_logging_step:
             self._log_collapse(embeddings)
-        return self.criterion(embeddings, predictions), predictions[:, 1:].mean(dim=1)
+        return self.criterion(embeddings, predictions), self.pooled(predictions)
 
     @torch.no_grad()
     def _log_collapse(self, embeddings: Tensor) -> None:

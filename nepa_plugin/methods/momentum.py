@@ -1,0 +1,68 @@
+"""What the methods with a momentum encoder share: the encoder, its schedule and its update."""
+
+import copy
+from typing import Any
+
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.utils.scheduler import cosine_schedule
+from torch import nn
+
+from nepa_plugin.methods.base import Method
+
+
+class MomentumMethod(Method):
+    """Base of the methods with a momentum encoder: a moving average of the backbone that gets no gradient.
+
+    After every optimizer step each momentum weight becomes ``m * itself + (1 - m) * trained weight``, with m on a
+    cosine from ``momentum`` to ``final_momentum``. Source: BYOL, arXiv 2006.07733, section 3.2.
+
+    Args:
+        momentum: m at the start.
+        final_momentum: m at the end.
+        ema_decay: Decay of Lightning's moving average of all weights; off, as the momentum encoder is one already.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+
+    Raises:
+        ValueError: If a momentum is outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        ema_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, ema_decay=ema_decay, **kwargs)
+        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
+            raise ValueError(f"momentum={momentum} and final_momentum={final_momentum} must be in [0, 1].")
+        self.momentum = momentum
+        self.final_momentum = final_momentum
+        self.teacher_backbone = self.momentum_copy(self.backbone)
+
+    @staticmethod
+    def momentum_copy(module: nn.Module) -> Any:
+        """Return a copy that gets no gradient."""
+        teacher = copy.deepcopy(module)
+        deactivate_requires_grad(teacher)
+        return teacher
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return (trained module, its momentum copy); a method with heads adds theirs."""
+        return [(self.backbone, self.teacher_backbone)]
+
+    def train(self, mode: bool = True) -> "MomentumMethod":
+        """Set the mode, but keep the momentum backbone free of drop path and of RoPE's random rescaling."""
+        super().train(mode)
+        if hasattr(self, "teacher_backbone"):
+            self.teacher_backbone.eval()
+        return self
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the optimizer's step, then the momentum encoder's."""
+        step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+        super().optimizer_step(*args, **kwargs)
+        m = cosine_schedule(min(step, steps), steps, self.momentum, self.final_momentum)
+        for student, teacher in self.momentum_pairs():
+            update_momentum(student, teacher, m)
