@@ -3,9 +3,14 @@
 import difflib
 import re
 import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
+import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -15,6 +20,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from nepa_plugin.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, StepSeed
 from nepa_plugin.checkpoints import CheckpointError, check_fit, load_backbone, read_checkpoint, save_backbone
+from nepa_plugin.configs import read_config
 from nepa_plugin.data import DataError, ImageData
 from nepa_plugin.devices import resolve_devices
 from nepa_plugin.methods import Method
@@ -247,7 +253,44 @@ def main(args: list[str] | None = None, base_config: Path | None = None) -> None
         SystemExit: With status 2 and one line on stderr if the input is bad, 143 if stopped by SIGTERM.
     """
     try:
-        cli = PretrainCLI(
+        with merged_configs(sys.argv[1:] if args is None else args) as expanded:
+            cli = _build(expanded, base_config)
+        cli.check()
+    except (ValueError, TypeError, FileNotFoundError, CheckpointError, MisconfigurationException) as error:
+        _exit(error)
+    try:
+        cli.fit()
+    except (DataError, CheckpointError) as error:
+        _exit(error)
+    except SIGTERMException:
+        sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
+
+
+@contextmanager
+def merged_configs(args: list[str]) -> Iterator[list[str]]:
+    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too."""
+    with tempfile.TemporaryDirectory(prefix="nepa-config-") as folder:
+        expanded: list[str] = []
+        for i, arg in enumerate(args):
+            option, _, value = arg.partition("=")
+            given = value if option in ("--config", "-c") and value else None
+            if i and args[i - 1] in ("--config", "-c"):
+                given = arg
+            if given is None:
+                expanded.append(arg)
+                continue
+            merged = Path(folder) / str(i) / Path(given).name
+            merged.parent.mkdir()
+            merged.write_text(yaml.safe_dump(read_config(given), sort_keys=False))
+            expanded.append(f"{option}={merged}" if given is value else str(merged))
+        yield expanded
+
+
+def _build(args: list[str], base_config: Path | None) -> PretrainCLI:
+    with warnings.catch_warnings():
+        # these are the command line's arguments, with the config files merged
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return PretrainCLI(
             Method,
             ImageData,
             subclass_mode_model=True,
@@ -259,15 +302,6 @@ def main(args: list[str] | None = None, base_config: Path | None = None) -> None
             seed_everything_default=1337,
             args=args,
         )
-        cli.check()
-    except (ValueError, TypeError, FileNotFoundError, CheckpointError, MisconfigurationException) as error:
-        _exit(error)
-    try:
-        cli.fit()
-    except (DataError, CheckpointError) as error:
-        _exit(error)
-    except SIGTERMException:
-        sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -66,6 +66,7 @@ class Method(LightningModule):
         self,
         batch_size_per_device: int = 256,
         num_classes: int = 1000,
+        *,
         backbone: str = "nepa_vit_base_patch14_224",
         img_size: int = 224,
         patch_size: int | None = None,
@@ -106,7 +107,8 @@ class Method(LightningModule):
         except RuntimeError as error:
             raise ValueError(f"backbone={backbone!r} is not a timm model: {error}") from error
         #: Normalisation of the images: the backbone's own, which evaluation uses too.
-        self.mean, self.std = tuple(self.backbone.pretrained_cfg["mean"]), tuple(self.backbone.pretrained_cfg["std"])
+        images: Any = self.backbone.pretrained_cfg
+        self.mean, self.std = tuple(images["mean"]), tuple(images["std"])
         if init_from is not None:
             load_weights(self.backbone, read_checkpoint(init_from)[-1], init_from)
         self.online_classifier: OnlineLinearClassifier | None = None

@@ -1,0 +1,58 @@
+"""YAML configs that build on others: a key ``base`` names the file that is read first."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+
+class ConfigFileError(ValueError):
+    """A config file cannot be used; the message names it and says what to do."""
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return a config with everything that it builds on.
+
+    The file named by ``base`` (relative to the file that names it) is read first; mappings are merged, anything else is
+    replaced.
+
+    Args:
+        path: YAML file.
+
+    Returns:
+        The merged mapping, without ``base``.
+
+    Raises:
+        ConfigFileError: If a file is missing, is no YAML mapping, or names itself as its base.
+    """
+    return _read(Path(path), ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ConfigFileError(f"{path} builds on itself: change the key `base` in {above[-1]}.")
+    if not path.is_file():
+        named = f", which {above[-1]} names as its `base`" if above else ""
+        raise ConfigFileError(f"No config file at {path}{named}.")
+    try:
+        config = get_loader("yaml")(path.read_text()) or {}  # reads 1e-3 as a number, as --config does
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigFileError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ConfigFileError(f"{path} must hold a mapping of options, not a {type(config).__name__}.")
+    base = config.pop("base", None)
+    if base is None:
+        return config
+    if not isinstance(base, str):
+        raise ConfigFileError(f"{path}: `base` must be the path of one file, got {base!r}.")
+    return merge(_read(path.parent / base, (*above, path.resolve())), config)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the values of ``over``; mappings are merged key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
