@@ -1,6 +1,9 @@
 """What a run needs around Lightning: exact resume, one last checkpoint, logs that survive a restart."""
 
+import resource
 import shutil
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,62 @@ class KeepingCSVLogger(CSVLogger):
             with path.open() as file:
                 self._experiment.metrics_keys = file.readline().strip().split(",")
         return experiment
+
+
+class RunClock(Callback):
+    """Measure a run over all its restarts: seconds of training without validation, images seen, peak memory."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.images = 0
+        self.peak_bytes = 0
+        self._started: float | None = None
+
+    def _stop(self) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def _measure(self, trainer: Trainer) -> None:
+        if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peak_bytes = max(self.peak_bytes, int(peak))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images of the batch, over all devices."""
+        self.images += len(batch[1]) * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start it again."""
+        if not trainer.sanity_checking:
+            self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock for good."""
+        self._stop()
+        self._measure(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals so far, for the checkpoint."""
+        running = time.perf_counter() - self._started if self._started is not None else 0.0
+        return {"seconds": self.seconds + running, "images": self.images, "peak_bytes": self.peak_bytes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's totals."""
+        self.seconds, self.images = state_dict["seconds"], state_dict["images"]
+        self.peak_bytes = state_dict["peak_bytes"]
 
 
 class EpochLines(Callback):

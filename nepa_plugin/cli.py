@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -18,12 +19,21 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from nepa_plugin.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, StepSeed
-from nepa_plugin.checkpoints import CheckpointError, check_fit, load_backbone, read_checkpoint, save_backbone
+from nepa_plugin.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
+from nepa_plugin.checkpoints import (
+    CheckpointError,
+    backbone_config,
+    check_fit,
+    load_backbone,
+    read_checkpoint,
+    save_backbone,
+)
 from nepa_plugin.configs import read_config
-from nepa_plugin.data import DataError, ImageData
+from nepa_plugin.data import DataError, ImageData, fingerprint
 from nepa_plugin.devices import resolve_devices
 from nepa_plugin.methods import Method
+from nepa_plugin.methods.cost import training_cost
+from nepa_plugin.provenance import provenance, write_json
 from nepa_plugin.report import plot_training
 
 
@@ -180,6 +190,7 @@ class PretrainCLI(LightningCLI):
             "devices": self.devices.devices,
             "precision": given.precision or ("bf16-mixed" if self.devices.accelerator == "cuda" else "32-true"),
             "default_root_dir": str(self.run_dir),
+            "sync_batchnorm": given.sync_batchnorm or self.devices.accelerator == "cuda",  # there is none for the CPU
             "use_distributed_sampler": False,  # the data module's sampler is one already, and can resume
         }
         if self.config.global_batch_size is not None:
@@ -189,7 +200,8 @@ class PretrainCLI(LightningCLI):
                 KeepingCSVLogger(str(self.run_dir), name="", version="", flush_logs_every_n_steps=1),
                 TensorBoardLogger(str(self.run_dir), name="tensorboard", version=""),
             ]
-        callbacks = list(given.callbacks or [])
+        self.clock = RunClock()
+        callbacks = [*(given.callbacks or []), self.clock]
         callbacks += [
             StepSeed(self.datamodule.seed),
             LastCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every_n_steps),
@@ -209,6 +221,7 @@ class PretrainCLI(LightningCLI):
             self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
             if self.resume_from is not None:
                 self._check_checkpoint(self.resume_from)
+            self.cost = training_cost(self.model)
 
     def _check_checkpoint(self, path: Path) -> None:
         check_fit(self.model.backbone, read_checkpoint(path)[-1], str(path))
@@ -236,10 +249,37 @@ class PretrainCLI(LightningCLI):
         # From the checkpoint, not from the module: there the averaged weights are under a fixed name.
         save_backbone(load_backbone(last), self.run_dir / "backbone", overwrite=True)
         plot_training(self.run_dir / "metrics.csv", self.run_dir / "loss.png")
+        write_json(self.run_dir / "summary.json", self._summary())
         rank_zero_info(
             f"Backbone: {self.run_dir / 'backbone'}   curves: {self.run_dir / 'loss.png'}   numbers: "
             f"{self.run_dir / 'metrics.csv'}"
         )
+
+    def _summary(self) -> dict[str, Any]:
+        """Return what a comparison of runs reads, and what it takes to repeat this one."""
+        config, clock, images = self.config, self.clock, self.datamodule.train_images
+        return {
+            "method": type(self.model).__name__,
+            "seed": config.seed_everything,
+            "train_dir": str(images.input_dir),
+            "train_images": len(images),
+            "train_fingerprint": fingerprint(images),
+            "epochs": self.trainer.current_epoch,
+            "steps": self.trainer.global_step,
+            "global_batch_size": self.model.global_batch_size,
+            "images_seen": clock.images,
+            "seconds": clock.seconds,
+            "images_per_second": clock.images / clock.seconds if clock.seconds else None,
+            "peak_memory_bytes": clock.peak_bytes,
+            "devices": f"{self.trainer.world_size} x {self.devices.accelerator}",
+            "precision": str(self.trainer.precision),
+            "backbone": backbone_config(self.model.backbone),
+            "backbone_class": type(self.model.backbone).__name__,
+            "attention": self.model.attention,
+            "exported": "moving average" if self.model.ema_decay else self.model.exported,
+            **asdict(self.cost),
+            **provenance(),
+        }
 
 
 def main(args: list[str] | None = None, base_config: Path | None = None) -> None:

@@ -197,6 +197,14 @@ def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
     return bad
 
 
+def fingerprint(images: LightlyDataset) -> str:
+    """Return a hash of the names and sizes of a dataset's files: equal for copies, different for other images."""
+    root = Path(images.input_dir or ".")
+    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+        sizes = pool.map(lambda file: (file, (root / file).stat().st_size), sorted(images.get_filenames()))
+        return hashlib.sha256(repr(list(sizes)).encode()).hexdigest()[:16]
+
+
 def _check_record(root: Path) -> Path:
     return cache_dir() / "checked" / (hashlib.sha256(str(root).encode()).hexdigest()[:24] + ".json")
 

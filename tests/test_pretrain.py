@@ -1,6 +1,7 @@
 """The pretraining command as a user runs it."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -66,6 +67,29 @@ def test_a_run_folder_holds_everything(reference):
     assert max(curve(reference, "lr").values()) <= 1e-3 + 1e-9
 
 
+def test_the_summary_says_what_a_comparison_needs(reference):
+    summary = json.loads((reference / "summary.json").read_text())
+    expected = {
+        "method": "NEPA",
+        "seed": 1337,
+        "train_images": 1400,
+        "epochs": 2,
+        "steps": 20,
+        "images_seen": 20 * 128,
+        "global_batch_size": 128,
+        "views": 1,
+        "encoder_passes": 1,
+        "encoder_tokens": 65,
+        "discarded_parameters": 0,
+        "attention": "causal",
+        "exported": "moving average",
+        "devices": "1 x cpu",
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["images_per_second"] == pytest.approx(20 * 128 / summary["seconds"])
+    assert 0 < summary["seconds"] < 600 and 5e7 < summary["peak_memory_bytes"] < 5e10
+
+
 def test_the_exported_backbone_is_the_moving_average(reference):
     checkpoint = torch.load(reference / "checkpoints" / "last.ckpt", weights_only=True)
     model = timm.create_model(f"local-dir:{reference / 'backbone'}", pretrained=True)
@@ -105,6 +129,8 @@ def test_resume_is_exact(reference, tmp_path, stop, workers):
     assert after == curve(reference)
     assert before.items() <= after.items()  # nothing that was written is lost
     assert (tmp_path / "r" / "config-2.yaml").is_file()
+    seen = [json.loads((r / "summary.json").read_text())["images_seen"] for r in (reference, tmp_path / "r")]
+    assert seen[0] == seen[1]  # what was trained and lost does not count
     weights = [torch.load(r / "checkpoints" / "last.ckpt", weights_only=True) for r in (reference, tmp_path / "r")]
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(v, weights[1][key][k]) for k, v in weights[0][key].items())

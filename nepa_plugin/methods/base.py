@@ -147,6 +147,11 @@ class Method(LightningModule):
         """
         return self.pooled(getattr(self, self.exported).forward_features(images))
 
+    @property
+    def attention(self) -> str:
+        """The attention that the backbone is trained with, in words."""
+        return str(getattr(self.backbone, "attention", "bidirectional"))
+
     # -- data ----------------------------------------------------------------------------------------------------------
 
     @property

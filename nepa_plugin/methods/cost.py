@@ -1,0 +1,76 @@
+"""What a training step of a method costs, counted in one step of a copy."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nepa_plugin.methods.base import Method
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Cost per image of the dataset and training step.
+
+    Attributes:
+        views: Augmented views made of an image.
+        encoder_passes: Times an image or view goes through a backbone, the momentum one included.
+        encoder_tokens: Tokens in these passes.
+        gflops: Floating-point operations of forward and backward pass in 1e9, heads and decoders included, the online
+            probe and the optimizer not. A multiplication and an addition are two. Attention is counted in full, also
+            where it is causal.
+        backbone_parameters: Parameters of the exported backbone.
+        discarded_parameters: Trainable parameters outside the backbone, thrown away after pretraining.
+    """
+
+    views: int
+    encoder_passes: float
+    encoder_tokens: float
+    gflops: float
+    backbone_parameters: int
+    discarded_parameters: int
+
+
+def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
+    """Count the cost of a training step on the CPU; the method and the random generators are left as they were.
+
+    Args:
+        method: A method that no trainer is attached to.
+        batch_size: Images in the counted step. Losses that compare images grow with it, by little.
+
+    Returns:
+        The cost per image.
+    """
+    method = copy.deepcopy(method).cpu().train()
+    passes: list[tuple[int, int]] = []
+
+    def count(module: Any, args: tuple[Tensor, ...]) -> None:
+        passes.append((args[0].shape[0], args[0].shape[1]))
+
+    for encoder in (method.backbone, getattr(method, "teacher_backbone", None)):
+        if hasattr(encoder, "blocks"):
+            encoder.blocks[0].register_forward_pre_hook(count)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        image = Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150))
+        views = method.train_transform()(image)
+        batch = [torch.stack([view] * batch_size) for view in views]
+        batch = [view + 0.1 * torch.randn_like(view) for view in batch]  # BatchNorm needs images that differ
+        # The fused CPU kernel is unknown to the counter; the plain one does the same arithmetic.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            method.step(batch)[0].backward()
+    backbone = {id(p) for p in method.backbone.parameters()}
+    others = {id(p): p.numel() for _, p in method._own_parameters() if id(p) not in backbone}
+    return TrainingCost(
+        views=len(views),
+        encoder_passes=sum(images for images, _ in passes) / batch_size,
+        encoder_tokens=sum(images * tokens for images, tokens in passes) / batch_size,
+        gflops=counter.get_total_flops() / batch_size / 1e9,
+        backbone_parameters=sum(p.numel() for p in method.backbone.parameters()),
+        discarded_parameters=sum(others.values()),
+    )
