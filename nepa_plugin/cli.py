@@ -34,7 +34,7 @@ from nepa_plugin.devices import resolve_devices
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.provenance import provenance, write_json
-from nepa_plugin.report import plot_training
+from nepa_plugin.curves import plot_training
 
 
 class UsageError(ValueError):

@@ -1,4 +1,4 @@
-"""Figures of a run."""
+"""Curves of a pretraining run."""
 
 import csv
 from pathlib import Path
