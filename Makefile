@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_digits.yaml --run_dir $(RUN) --ckpt_path auto
-	$(BIN)/python tools/evaluate.py $(RUN)/backbone --data digits --protocol readout --out $(RUN)
+	$(BIN)/python tools/evaluate.py $(RUN)/backbone --data digits --protocol readout --floor true --out $(RUN)
 	$(BIN)/python tools/visualize.py $(RUN)/backbone --data digits --out $(RUN)/similarity.png
 	@echo
 	@echo "The loss:      $(RUN)/loss.png"

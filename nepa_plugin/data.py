@@ -524,6 +524,47 @@ class ImageData(LightningDataModule):
         )
 
 
+def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDataset]:
+    """Open labelled training and validation images.
+
+    Args:
+        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val``.
+
+    Returns:
+        The training and the validation images, of the same classes.
+
+    Raises:
+        DataError: If a folder is missing, holds no image, has no or one class, or the two have different classes.
+    """
+    root = digits_folder() if str(source) == "digits" else Path(source)
+    train, val = image_folder(root / "train", "training images"), image_folder(root / "val", "validation images")
+    classes, val_classes = _classes(train), _classes(val)
+    if not classes:
+        raise DataError(f"{root / 'train'} has no classes: evaluation needs one sub-folder per class.")
+    if len(classes) < 2:
+        raise DataError(f"{root / 'train'} has one class only, {classes[0]}: evaluation needs a sub-folder per class.")
+    if classes != val_classes:
+        odd = sorted(set(classes) ^ set(val_classes))
+        raise DataError(
+            f"{root / 'train'} and {root / 'val'} have different classes: {', '.join(odd[:6])}"
+            f"{' and others' if len(odd) > 6 else ''} only in one of them."
+        )
+    return train, val
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Return the (height, width) in pixels of the images that a timm model takes."""
+    size = getattr(model.patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]
+    return int(size[0]), int(size[1])
+
+
+def evaluation_crop(model: Any, crop_pct: float | None = None) -> float:
+    """Return the centre crop over resized side: what is given, else the model's own, 1 up to 64 pixels."""
+    if crop_pct is not None:
+        return crop_pct
+    return 1.0 if max(image_size(model)) <= 64 else float(model.pretrained_cfg["crop_pct"])
+
+
 def evaluation_loaders(
     source: str | Path, model: Any, batch_size: int = 256, crop_pct: float | None = None
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -541,17 +582,9 @@ def evaluation_loaders(
     Raises:
         DataError: If a folder is missing, holds no image, or has no or other classes.
     """
-    root = digits_folder() if str(source) == "digits" else Path(source)
-    train, val = image_folder(root / "train", "training images"), image_folder(root / "val", "validation images")
-    if len(_classes(train)) < 2:
-        raise DataError(f"{root / 'train'} has no classes: evaluation needs one sub-folder per class.")
-    if _classes(train) != _classes(val):
-        raise DataError(f"{root / 'train'} and {root / 'val'} have different classes.")
-    config, size = model.pretrained_cfg, model.patch_embed.img_size
-    if crop_pct is None:
-        crop_pct = 1.0 if max(size) <= 64 else config["crop_pct"]
-    transform = eval_transform(size, crop_pct, config["mean"], config["std"])
-    train_set, val_set = (SeededDataset(d, transform, 0, list(range(len(d)))) for d in (train, val))
+    images, config = evaluation_images(source), model.pretrained_cfg
+    transform = eval_transform(image_size(model), evaluation_crop(model, crop_pct), config["mean"], config["std"])
+    train_set, val_set = (SeededDataset(d, transform, 0, list(range(len(d)))) for d in images)
     return DataLoader(train_set, batch_size=batch_size), DataLoader(val_set, batch_size=batch_size)
 
 

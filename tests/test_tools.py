@@ -33,11 +33,16 @@ def backbone(tmp_path):
 
 @pytest.mark.slow
 def test_evaluate_prints_and_writes_the_readout(backbone, tmp_path, capsys):
-    tool("evaluate", backbone, "--data", "digits", "--out", tmp_path)
-    assert "block 1" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "readout.json").read_text())
-    assert [r["depth"] for r in rows["pretrained"][::2]] == ["embedding", "block 1", "final norm"]
-    assert all(5 < r[probe] <= 100 for r in rows["pretrained"] for probe in ("knn", "linear"))
+    tool("evaluate", backbone, "--data", "digits", "--protocol", "readout,knn", "--floor", "true", "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "block 1" in printed and "untrained: top-1 accuracy by depth" in printed
+    protocols = json.loads((tmp_path / "results.json").read_text())["protocols"]
+    rows = protocols["readout"]["rows"]
+    assert [row["depth"] for row in rows[::3]] == ["embedding", "block 1", "final norm"]
+    assert all(5 < row[probe] <= 100 for row in rows for probe in ("knn", "linear"))
+    assert protocols["knn"]["top1"] == rows[-2]["knn"]
+    with pytest.raises(SystemExit, match="error: protocol knm"):
+        tool("evaluate", backbone, "--data", "digits", "--protocol", "knm")
 
 
 def test_visualize_writes_the_figure(backbone, tmp_path):

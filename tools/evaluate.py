@@ -1,48 +1,45 @@
-"""Evaluate a frozen backbone: kNN and linear probe at every depth, beside the untrained network.
+"""Evaluate a backbone with one or several protocols; prints tables and extends DIR/results.json.
 
-python tools/evaluate.py runs/x/backbone --data digits
-python tools/evaluate.py runs/x/backbone --data /data/images        # holds train/ and val/, a sub-folder per class
+python tools/evaluate.py runs/x/backbone --data digits --protocol knn,linear,readout --out runs/x
+python tools/evaluate.py runs/x/backbone --data /data/images --protocol linear --linear.solver sgd --devices 8
+python tools/evaluate.py vit_small_patch16_224 --untrained true --data /data/images --protocol knn
+
+BACKBONE is a timm folder, a published NEPA folder, a hub id, a .ckpt of a pretraining run, or a timm model name. The
+image folder holds train/ and val/, a sub-folder per class. With --devices N, or under torchrun, N processes share the
+work. Small images that must not be mirrored or mixed, such as digits, are fine-tuned with
+--finetune.hflip_prob 0 --finetune.mixup 0 --finetune.cutmix 0 --finetune.auto_augment '' --finetune.random_erasing 0.
 """
 
-import argparse
-import json
 import sys
-from dataclasses import asdict
-from pathlib import Path
+from typing import Optional
 
-import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from nepa_plugin.checkpoints import load_backbone, untrained_like
-from nepa_plugin.data import evaluation_loaders
-from nepa_plugin.evaluation import extract_depth_features, readout, readout_table
+from nepa_plugin.evaluation import EvaluationOptions, evaluate, tables
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", help="timm folder, published NEPA folder, hub id, or .ckpt of a pretraining run")
-    parser.add_argument("--data", required=True, help="'digits', or a folder with train/ and val/")
-    parser.add_argument("--protocol", choices=["readout"], default="readout")
-    parser.add_argument("--crop-pct", type=float, default=None, help="centre crop over resized side (the model's own)")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--k", type=int, default=20, help="neighbours of kNN")
-    parser.add_argument("--out", type=Path, help="folder for readout.json")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = ArgumentParser(description=__doc__, default_env=False)
+    parser.add_argument("backbone", type=str, help="what to evaluate")
+    parser.add_argument("--data", type=str, required=True, help="'digits', or a folder with train/ and val/")
+    parser.add_argument("--protocol", type=str, default="readout", help="knn,linear,attentive,finetune,readout")
+    parser.add_argument("--out", type=Optional[str], default=None, help="folder for results.json and readout.png")
+    parser.add_argument("--no-cache", action="store_true", help="compute features anew and keep none")
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_class_arguments(EvaluationOptions, skip={"cache"})
+    given = parser.parse_args()
+    chosen = parser.instantiate(given) if hasattr(parser, "instantiate") else parser.instantiate_classes(given)
+    names = ("backbone", "data", "protocol", "out", "no_cache", "config")
+    options = EvaluationOptions(**{k: v for k, v in vars(chosen).items() if k not in names}, cache=not given.no_cache)
+    options.progress = options.progress or sys.stderr.isatty()
+    protocols = [name.strip() for name in given.protocol.split(",") if name.strip()]
     try:
-        model = load_backbone(args.backbone)
-        loaders = evaluation_loaders(args.data, model, args.batch_size, args.crop_pct)
-        results = {}
-        for name, network in (("untrained", untrained_like(model)), ("pretrained", model)):
-            train, val = (extract_depth_features(network, loader, device) for loader in loaders)
-            results[name] = readout(train, val, k=args.k)
+        results = evaluate(given.backbone, given.data, protocols, options, given.out)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    Console(width=120).print(readout_table(results))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        rows = {name: [asdict(row) for row in rows] for name, rows in results.items()}
-        (args.out / "readout.json").write_text(json.dumps(rows, indent=1))
+    for table in tables(results) if results else ():
+        Console(width=120).print(table)
 
 
 if __name__ == "__main__":

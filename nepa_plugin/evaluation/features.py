@@ -1,13 +1,16 @@
-"""Pooled features of a frozen backbone at every depth, in one pass over the images."""
+"""Features of a frozen backbone: tokens and pooled features at every depth, in one pass over the images."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-POOLS = ("last", "mean")
+POOLS = ("class", "last", "mean")
 
 
 @dataclass
@@ -16,12 +19,29 @@ class DepthFeatures:
 
     Attributes:
         features: depth -> pooling -> (N, D), float32 on the CPU. Depths are ``embedding``, ``block 1`` ... ``block L``
-            and ``final norm``; poolings are ``last`` (the last token) and ``mean`` (of the patch tokens).
+            and ``final norm``; poolings are ``class`` (the class token, where it can differ between images), ``last``
+            (the last token) and ``mean`` (of the patch tokens).
         labels: Class indices (N,).
+        tokens: depth -> all tokens (N, T, D) of the depths that were asked for.
     """
 
     features: dict[str, dict[str, Tensor]]
     labels: Tensor
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+
+def check_model(model: nn.Module) -> None:
+    """Check that a model is a ViT whose tokens can be read.
+
+    Raises:
+        ValueError: If it has no ``blocks``, ``norm``, ``patch_embed`` or ``num_prefix_tokens``.
+    """
+    absent = [name for name in ("patch_embed", "blocks", "norm", "num_prefix_tokens") if not hasattr(model, name)]
+    if absent:
+        raise ValueError(
+            f"{type(model).__name__} has no {', '.join(absent)}: evaluation reads Vision Transformers of timm, whose "
+            "tokens pass through a list of blocks."
+        )
 
 
 def depth_names(model: nn.Module) -> list[str]:
@@ -29,46 +49,209 @@ def depth_names(model: nn.Module) -> list[str]:
     return ["embedding", *(f"block {i + 1}" for i in range(len(model.blocks))), "final norm"]  # type: ignore[arg-type]
 
 
+def check_depth(model: nn.Module, depth: str) -> None:
+    """Raise ``ValueError`` if a model has no such depth."""
+    if depth not in depth_names(model):
+        raise ValueError(f"depth {depth!r} is not one of this model's: {', '.join(depth_names(model))}.")
+
+
+def pool_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the poolings that a model has.
+
+    The class token is left out where there is none, and under causal attention, where it comes first and sees only
+    itself: it is then the same for every image.
+    """
+    has_class = getattr(model, "cls_token", None) is not None and not getattr(model, "is_causal", False)
+    return POOLS if has_class else POOLS[1:]
+
+
+def pool_tokens(tokens: Tensor, pool: str, num_prefix_tokens: int) -> Tensor:
+    """Return one float32 feature per image (B, D) of its tokens (B, T, D)."""
+    if pool == "class":
+        return tokens[:, 0].float()
+    return tokens[:, -1].float() if pool == "last" else tokens[:, num_prefix_tokens:].float().mean(dim=1)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients inside the block, and back as it was after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in grads:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def token_states(model: Any, depths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Fill a dictionary with the tokens (B, T, D) at some depths whenever ``model.forward_features`` runs."""
+    states: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any = None) -> None:
+            tokens = args[0] if output is None else output
+            if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+                raise ValueError(f"{type(model).__name__} has no token sequence (B, T, D) at {name!r}.")
+            states[name] = tokens
+
+        return hook
+
+    hooks = []
+    for name in depths:
+        if name == "embedding":
+            hooks.append(model.blocks[0].register_forward_pre_hook(keep(name)))
+        elif name == "final norm":
+            hooks.append(model.norm.register_forward_hook(keep(name)))
+        else:
+            hooks.append(model.blocks[int(name.split()[1]) - 1].register_forward_hook(keep(name)))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return bf16 autocast on CUDA, and float32 elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+class FrozenFeatures(nn.Module):
+    """A frozen backbone as a module from images (B, C, H, W) to features (B, D), or to tokens (B, T, D).
+
+    Args:
+        model: The backbone; its weights are shared, and never changed.
+        depth: Where to read.
+        pool: ``"class"``, ``"last"``, ``"mean"``, or ``None`` for all tokens.
+    """
+
+    def __init__(self, model: nn.Module, depth: str = "final norm", pool: str | None = "mean") -> None:
+        super().__init__()
+        self.backbone: Any = model
+        self.depth = depth
+        self.pool = pool
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features."""
+        with token_states(self.backbone, [self.depth]) as states:
+            self.backbone.forward_features(images)
+        if self.pool is None:
+            return states[self.depth].float()
+        return pool_tokens(states[self.depth], self.pool, int(self.backbone.num_prefix_tokens))
+
+
 @torch.no_grad()
 def extract_depth_features(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Any]], device: str | torch.device = "cpu"
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Any]],
+    device: str | torch.device = "cpu",
+    wanted: Sequence[tuple[str, str]] | None = None,
 ) -> DepthFeatures:
     """Run images through a frozen transformer and pool the tokens at every depth.
 
     Args:
         model: A timm ViT with ``blocks``, ``norm`` and ``num_prefix_tokens``. Its weights are not changed.
         batches: Yields (images (B, C, H, W), labels (B,), filenames).
-        device: Where to run.
+        device: Where to run; bf16 autocast on CUDA.
+        wanted: (depth, pooling) pairs, ``"tokens"`` as the pooling for all tokens; every depth and pooling by default.
 
     Returns:
         The features of all images, in the order in which they came.
+
+    Raises:
+        ValueError: If there are no images, or the model is no ViT.
     """
-    names = depth_names(model)
-    states: dict[str, Tensor] = {}
-    blocks: Any = model.blocks
-
-    def keep(name: str) -> Any:
-        return lambda module, args, output: states.__setitem__(name, output)
-
-    hooks = [blocks[0].register_forward_pre_hook(lambda module, args: states.__setitem__("embedding", args[0]))]
-    hooks += [block.register_forward_hook(keep(f"block {i + 1}")) for i, block in enumerate(blocks)]
-    hooks.append(model.norm.register_forward_hook(keep("final norm")))  # type: ignore[union-attr]
-    modes, prefix = [(m, m.training) for m in model.modules()], int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    pooled: dict[str, dict[str, list[Tensor]]] = {name: {pool: [] for pool in POOLS} for name in names}
+    check_model(model)
+    device = torch.device(device)
+    if wanted is None:
+        wanted = [(depth, pool) for depth in depth_names(model) for pool in pool_names(model)]
+    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    kept: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in wanted}
     labels = []
-    model.eval().to(device)
-    try:
+    with frozen(model), token_states(model, list(dict.fromkeys(depth for depth, _ in wanted))) as states:
+        model.to(device)
         for images, targets, *_ in batches:
-            model.forward_features(images.to(device))  # type: ignore[operator]
-            for name in names:
-                pooled[name]["last"].append(states[name][:, -1].float().cpu())
-                pooled[name]["mean"].append(states[name][:, prefix:].float().mean(dim=1).cpu())
+            with autocast(device):
+                model.forward_features(images.to(device, non_blocking=True))  # type: ignore[operator]
+            for depth, pool in wanted:
+                tokens = states[depth]
+                value = tokens.float() if pool == "tokens" else pool_tokens(tokens, pool, prefix)
+                kept[depth, pool].append(value.cpu())
             labels.append(targets)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes:
-            module.training = mode
     if not labels:
         raise ValueError("There are no images to extract features from.")
-    return DepthFeatures({n: {p: torch.cat(v) for p, v in by.items()} for n, by in pooled.items()}, torch.cat(labels))
+    joined = {pair: torch.cat(parts) for pair, parts in kept.items()}
+    return from_pairs(joined, torch.cat(labels))
+
+
+def from_pairs(pairs: dict[tuple[str, str], Tensor], labels: Tensor) -> DepthFeatures:
+    """Return features by depth and pooling from tensors under (depth, pooling)."""
+    features: dict[str, dict[str, Tensor]] = {}
+    tokens = {}
+    for (depth, pool), value in pairs.items():
+        if pool == "tokens":
+            tokens[depth] = value
+        else:
+            features.setdefault(depth, {})[pool] = value
+    return DepthFeatures(features, labels, tokens)
+
+
+def concat_depths(features: DepthFeatures, k: int = 4) -> DepthFeatures:
+    """Add the pooling ``concat``: the mean-pooled features of the last k depths up to each one, side by side.
+
+    Each part has unit length, so that no depth drowns the others. The first depths have fewer parts. Sources: DINO
+    (Caron et al. 2021, appendix on linear evaluation), iGPT (Chen et al. 2020).
+
+    Args:
+        features: Features with the pooling ``mean``.
+        k: Number of depths.
+
+    Returns:
+        The features with one more pooling, (N, up to k * D).
+    """
+    depths = list(features.features)
+    unit = [normalize(features.features[depth]["mean"], dim=1) for depth in depths]
+    joined = {
+        depth: features.features[depth] | {"concat": torch.cat(unit[max(0, i + 1 - k) : i + 1], dim=1)}
+        for i, depth in enumerate(depths)
+    }
+    return DepthFeatures(joined, features.labels, features.tokens)
+
+
+def gather_rows(rows: Tensor, total: int, device: str | torch.device = "cpu") -> Tensor | None:
+    """Collect rows that the processes hold in turn, row i in process ``i % world_size``, in their order.
+
+    Args:
+        rows: This process's rows (n, ...), n differing by at most one between processes.
+        total: Number of all rows.
+        device: Where the process group communicates.
+
+    Returns:
+        All rows (total, ...) on the CPU in process zero, each once; ``None`` in the others.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    world_size = dist.get_world_size()
+    padded = torch.zeros(-(-total // world_size), *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    parts = [torch.empty_like(padded) for _ in range(world_size)] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts)
+    return None if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
+
+
+def gather_features(features: DepthFeatures, total: int, device: str | torch.device = "cpu") -> DepthFeatures | None:
+    """Collect the features of images ``rank::world_size`` of every process; see :func:`gather_rows`."""
+    labels = gather_rows(features.labels, total, device)
+    pairs = {
+        (depth, pool): gather_rows(value, total, device)
+        for depth, by_pool in features.features.items()
+        for pool, value in by_pool.items()
+    }
+    pairs |= {(depth, "tokens"): gather_rows(value, total, device) for depth, value in features.tokens.items()}
+    return None if labels is None else from_pairs({k: v for k, v in pairs.items() if v is not None}, labels)

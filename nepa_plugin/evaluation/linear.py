@@ -1,14 +1,62 @@
-"""Linear probe of cached features."""
+"""Linear probe: lightly's classifier with the ImageNet recipe, or logistic regression on cached features."""
 
 import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from lightly.utils.benchmarking import LinearClassifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
+from torch import Tensor, nn
 
+from nepa_plugin.evaluation.features import FrozenFeatures, frozen
+from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.knn import check_labels
+from nepa_plugin.evaluation.runtime import Runtime, quiet
+from nepa_plugin.evaluation.scoring import accuracies, score, scores
+
+
+@dataclass
+class LinearOptions:
+    """How the linear probe is trained.
+
+    The defaults of ``sgd`` are the usual ImageNet recipe, as in MoCo and SimCLR: SGD with momentum, no weight decay,
+    cosine to zero, random resized crops and flips.
+
+    Args:
+        solver: ``"sgd"`` (lightly's classifier on augmented images), ``"logistic"`` (scikit-learn on cached features),
+            or ``"auto"``: logistic up to ``logistic_limit`` training images.
+        logistic_limit: Largest number of training images for which ``auto`` takes logistic regression.
+        C: Inverse strength of logistic regression's L2 penalty.
+        epochs: Epochs of SGD.
+        lr: Learning rate per 256 images.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        batch_size: Images per step over all devices.
+        crop_scale: Range of the random crop's area as a fraction of the image.
+        hflip_prob: Probability of a horizontal flip.
+        batch_norm: Put a BatchNorm without affine parameters before the linear layer, as MAE does.
+    """
+
+    solver: Literal["auto", "sgd", "logistic"] = "auto"
+    logistic_limit: int = 50_000
+    C: float = 1.0
+    epochs: int = 90
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 256
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    hflip_prob: float = 0.5
+    batch_norm: bool = False
+
+    def choose(self, num_images: int) -> Literal["sgd", "logistic"]:
+        """Return the solver for so many training images."""
+        if self.solver != "auto":
+            return self.solver
+        return "logistic" if num_images <= self.logistic_limit else "sgd"
 
 
 def logistic_probe(
@@ -36,3 +84,76 @@ def logistic_probe(
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(train_features.numpy(), train_labels.numpy())
     return 100 * float(probe.score(val_features.numpy(), val_labels.numpy()))
+
+
+class LinearProbe(LinearClassifier):
+    """lightly's ``LinearClassifier`` with its fixed settings as options.
+
+    Args:
+        model: A frozen module from images to features (B, D).
+        batch_size_per_device: Images per device and step; scales the learning rate.
+        feature_dim: D.
+        num_classes: Number of classes.
+        options: The recipe.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch_size_per_device: int, feature_dim: int, num_classes: int, options: LinearOptions
+    ) -> None:
+        super().__init__(
+            model, batch_size_per_device, options.lr, feature_dim, num_classes, topk=(1, min(5, num_classes))
+        )
+        self.options = options
+        self.accuracy = accuracies(num_classes)
+        if options.batch_norm:
+            norm = nn.BatchNorm1d(feature_dim, affine=False)
+            self.classification_head = nn.Sequential(norm, nn.Linear(feature_dim, num_classes))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        """Count a batch's hits instead of averaging the batches' accuracies."""
+        score(self, self.accuracy, self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        """Return lightly's optimizer and cosine, with this recipe's momentum and weight decay."""
+        optimizers, schedulers = super().configure_optimizers()
+        for group in optimizers[0].param_groups:
+            group |= {"momentum": self.options.momentum, "weight_decay": self.options.weight_decay}
+        return optimizers, schedulers
+
+
+def linear_probe(
+    model: Any,
+    images: Images,
+    form: ImageFormat,
+    runtime: Runtime,
+    options: LinearOptions,
+    depth: str = "final norm",
+    pool: str = "mean",
+    num_workers: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train lightly's linear classifier on a frozen backbone, on all devices, and score every validation image once.
+
+    Args:
+        model: The backbone; its weights are not changed.
+        images: What to fit on and to score.
+        form: How the model takes images.
+        runtime: Devices.
+        options: The recipe.
+        depth: Depth whose tokens are read.
+        pool: How they are pooled.
+        num_workers: Loader processes per device.
+        seed: Of the classifier, the order and the augmentation.
+
+    Returns:
+        ``top1`` and ``top5`` (or of all classes, where there are fewer) in per cent.
+    """
+    batch = batch_per_process(options.batch_size, len(images.train), runtime.world_size)
+    with quiet(seed), frozen(model):
+        probe = LinearProbe(FrozenFeatures(model, depth, pool), batch, model.num_features, len(images.classes), options)
+        trainer = runtime.trainer(options.epochs)
+        transform = form.random_crop(options.crop_scale, options.hflip_prob)
+        train = shuffled_loader(images.train, transform, runtime, batch, seed, trainer, num_workers)
+        val = ordered_loader(images.val, form.evaluation(), runtime, batch, num_workers)
+        trainer.fit(probe, train, val)
+        return scores(trainer)

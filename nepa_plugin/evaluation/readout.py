@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.table import Table
 
-from nepa_plugin.evaluation.features import POOLS, DepthFeatures
+from nepa_plugin.evaluation.features import DepthFeatures
 from nepa_plugin.evaluation.knn import knn_accuracy
 from nepa_plugin.evaluation.linear import logistic_probe
+
+PROBES = ("knn", "linear")
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,17 @@ class ReadoutRow:
     linear: float
 
 
-def readout(train: DepthFeatures, val: DepthFeatures, k: int = 20) -> list[ReadoutRow]:
+def readout(
+    train: DepthFeatures, val: DepthFeatures, k: int = 20, temperature: float = 0.1, C: float = 1.0
+) -> list[ReadoutRow]:
     """Score every depth and pooling.
 
     Args:
         train: Features to fit on.
         val: Features to score, of the same model.
         k: Neighbours of kNN.
+        temperature: Of kNN's votes.
+        C: Inverse strength of the linear probe's penalty.
 
     Returns:
         A row per depth and pooling, from the input embedding to the final norm.
@@ -35,36 +42,67 @@ def readout(train: DepthFeatures, val: DepthFeatures, k: int = 20) -> list[Reado
     for depth, pools in train.features.items():
         for pool, features in pools.items():
             data = features, train.labels, val.features[depth][pool], val.labels
-            rows.append(ReadoutRow(depth, pool, knn_accuracy(*data, k=k), logistic_probe(*data)))
+            accuracies = knn_accuracy(*data, k=k, temperature=temperature), logistic_probe(*data, C=C)
+            rows.append(ReadoutRow(depth, pool, *accuracies))
     return rows
 
 
 def readout_table(rows_by_model: Mapping[str, list[ReadoutRow]], title: str = "top-1 accuracy, %") -> Table:
-    """Return one table: a row per depth; per model kNN and linear probe of the last token and of the mean.
+    """Return one table: a row per depth; per model and pooling a column of kNN and one of the linear probe.
 
     Args:
         rows_by_model: Results by the model's name.
         title: Of the table.
 
     Returns:
-        A table for ``rich``; the best value of each column of a model is bold.
+        A table for ``rich``; the best value of each column is bold.
     """
     table = Table(title=title)
     table.add_column("depth")
-    columns = [(model, pool, probe) for model in rows_by_model for pool in POOLS for probe in ("knn", "linear")]
-    values: dict[tuple[str, str, str], dict[str, float]] = {c: {} for c in columns}
+    values: dict[tuple[str, str, str], dict[str, float]] = {}
     for model, rows in rows_by_model.items():
+        pools = dict.fromkeys(row.pool for row in rows)
+        values |= {(model, pool, probe): {} for pool in pools for probe in PROBES}
         for row in rows:
-            for probe in ("knn", "linear"):
+            for probe in PROBES:
                 values[model, row.pool, probe][row.depth] = getattr(row, probe)
-    for model, pool, probe in columns:
+    for model, pool, probe in values:
         table.add_column(f"{model}\n{pool}\n{probe}", justify="right")
     depths = list(dict.fromkeys(row.depth for rows in rows_by_model.values() for row in rows))
     for depth in depths:
         cells = []
-        for column in columns:
-            value = values[column].get(depth)
-            best = value is not None and value == max(values[column].values())
+        for column in values.values():
+            value = column.get(depth)
+            best = value is not None and value == max(column.values())
             cells.append("" if value is None else f"[bold]{value:.1f}[/bold]" if best else f"{value:.1f}")
         table.add_row(depth, *cells)
     return table
+
+
+def readout_figure(rows_by_model: Mapping[str, list[ReadoutRow]], path: str | Path) -> None:
+    """Draw accuracy over depth, kNN and linear probe side by side, a line per model and pooling.
+
+    Args:
+        rows_by_model: Results by the model's name; the first is drawn with full lines.
+        path: The PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    styles = ["-", "--", ":"]
+    for axis, probe in zip(axes, PROBES, strict=True):
+        for i, (model, rows) in enumerate(rows_by_model.items()):
+            for j, pool in enumerate(dict.fromkeys(row.pool for row in rows)):
+                line = {row.depth: getattr(row, probe) for row in rows if row.pool == pool}
+                label = f"{model}, {pool}" if len(rows_by_model) > 1 else pool
+                style = {"linestyle": styles[i % 3], "color": f"C{j}", "marker": "o", "markersize": 3}
+                axis.plot(list(line), list(line.values()), label=label, **style)
+        axis.set_title({"knn": "kNN", "linear": "linear probe"}[probe])
+        axis.tick_params(axis="x", rotation=45)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 accuracy, %")
+    axes[-1].legend(fontsize="small")
+    figure.savefig(path, dpi=120)

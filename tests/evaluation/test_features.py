@@ -1,9 +1,13 @@
 import pytest
+import timm
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 
 from nepa_plugin import NepaViT
-from nepa_plugin.evaluation import extract_depth_features
+from nepa_plugin.evaluation import DepthFeatures, concat_depths, extract_depth_features
+from nepa_plugin.evaluation.features import pool_names
 
 
 def _model():
@@ -74,3 +78,73 @@ def test_restores_after_an_error():
 def test_no_images():
     with pytest.raises(ValueError, match="no images"):
         extract_depth_features(_model(), [], "cpu")
+
+
+def test_class_token_of_a_bidirectional_model_and_of_timm():
+    model, (images, loader) = _model(), _loader()
+    assert pool_names(model) == ("last", "mean")  # causal: the class token sees only itself
+    model.set_attention("bidirectional")
+    assert pool_names(model) == ("class", "last", "mean")
+
+    torch.manual_seed(0)
+    plain = timm.create_model(
+        "plain_vit_tiny_patch14_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    ).eval()
+    features = extract_depth_features(plain, loader).features
+    with torch.no_grad():
+        final = plain.forward_features(images)
+    assert list(features) == ["embedding", "block 1", "block 2", "final norm"]
+    assert list(features["block 1"]) == ["class", "last", "mean"]
+    torch.testing.assert_close(features["final norm"]["class"], final[:, 0])
+    torch.testing.assert_close(features["final norm"]["mean"], final[:, 1:].mean(1))
+    with pytest.raises(ValueError, match="ResNet has no patch_embed, blocks, norm"):
+        extract_depth_features(timm.create_model("resnet10t"), loader)
+
+
+def test_only_what_is_wanted():
+    model, (_, loader) = _model(), _loader()
+    everything = extract_depth_features(model, loader)
+    some = extract_depth_features(model, loader, wanted=[("block 1", "mean"), ("final norm", "tokens")])
+    assert list(some.features) == ["block 1"] and list(some.features["block 1"]) == ["mean"]
+    assert torch.equal(some.features["block 1"]["mean"], everything.features["block 1"]["mean"])
+    assert some.tokens["final norm"].shape == (7, 17, 32)
+    assert torch.equal(some.tokens["final norm"][:, -1], everything.features["final norm"]["last"])
+
+
+def test_concat_values():
+    parts = {name: {"mean": torch.tensor([[0.0, value]])} for name, value in (("a", 2.0), ("b", -3.0), ("c", 5.0))}
+    joined = concat_depths(DepthFeatures(parts, torch.zeros(1)), k=2).features
+    assert joined["a"]["concat"].tolist() == [[0.0, 1.0]]
+    assert joined["b"]["concat"].tolist() == [[0.0, 1.0, 0.0, -1.0]]
+    assert joined["c"]["concat"].tolist() == [[0.0, -1.0, 0.0, 1.0]]
+
+
+def _gather_worker(rank, folder):
+    from nepa_plugin.evaluation.features import gather_features
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for count in (7, 397):
+        samples = _loader(count)[1].dataset
+        mine = DataLoader([samples[i] for i in range(rank, count, 2)], batch_size=64)
+        wanted = [("block 2", "mean"), ("final norm", "last"), ("final norm", "tokens")]
+        whole = gather_features(extract_depth_features(_model(), mine, wanted=wanted), count)
+        assert (whole is None) == (rank == 1)
+        if whole is not None:
+            torch.save((whole.features, whole.tokens, whole.labels), f"{folder}/{count}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(_gather_worker, (str(tmp_path),), nprocs=2)
+    for count in (7, 397):
+        features, tokens, labels = torch.load(tmp_path / f"{count}.pt")
+        samples = _loader(count)[1].dataset
+        expected = extract_depth_features(
+            _model(), DataLoader(samples, batch_size=64), wanted=[("block 2", "mean"), ("final norm", "tokens")]
+        )
+        assert labels.tolist() == [i % 3 for i in range(count)]
+        torch.testing.assert_close(features["block 2"]["mean"], expected.features["block 2"]["mean"])
+        torch.testing.assert_close(tokens["final norm"], expected.tokens["final norm"])
+        assert torch.equal(features["final norm"]["last"], tokens["final norm"][:, -1])

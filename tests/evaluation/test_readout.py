@@ -1,6 +1,7 @@
 import io
 
 import torch
+from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
@@ -8,10 +9,12 @@ from torch.utils.data import DataLoader
 from nepa_plugin import NepaViT
 from nepa_plugin.evaluation import (
     ReadoutRow,
+    concat_depths,
     extract_depth_features,
     knn_accuracy,
     logistic_probe,
     readout,
+    readout_figure,
     readout_table,
 )
 
@@ -33,11 +36,12 @@ def test_rows_equal_separate_probes():
     model = _model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     train, val = (extract_depth_features(model, loader, "cpu") for loader in _loaders())
+    train, val = concat_depths(train, 2), concat_depths(val, 2)
     rows = readout(train, val, k=5)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
     depths = ["embedding", "block 1", "block 2", "final norm"]
-    assert [(row.depth, row.pool) for row in rows] == [(d, p) for d in depths for p in ("last", "mean")]
+    assert [(row.depth, row.pool) for row in rows] == [(d, p) for d in depths for p in ("last", "mean", "concat")]
     for row in rows:
         fit, score = train.features[row.depth][row.pool], val.features[row.depth][row.pool]
         assert row.knn == knn_accuracy(fit, train.labels, score, val.labels, k=5)
@@ -61,12 +65,22 @@ def test_table_values_and_bold():
     }
     table = readout_table(rows)
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    assert len(cells) == 1 + 2 * 2 * 2  # depth; models x poolings x probes
+    assert len(cells) == 1 + 2 * 1 * 2  # depth; models x poolings x probes
     assert sorted(cells[0]) == ["block 1", "embedding", "final norm"]
     by_depth = {depth: [column[i] for column in cells[1:]] for i, depth in enumerate(cells[0])}
-    empty = ["", ""]
-    assert by_depth["embedding"] == ["10.0", "20.0", *empty, "15.0", "25.0", *empty]
-    assert by_depth["block 1"] == [*empty, *empty, "[bold]50.0[/bold]", "[bold]87.2[/bold]", *empty]
-    assert by_depth["final norm"] == ["[bold]30.0[/bold]", "[bold]40.0[/bold]", *empty, "35.0", "45.0", *empty]
+    assert by_depth["embedding"] == ["10.0", "20.0", "15.0", "25.0"]
+    assert by_depth["block 1"] == ["", "", "[bold]50.0[/bold]", "[bold]87.2[/bold]"]
+    assert by_depth["final norm"] == ["[bold]30.0[/bold]", "[bold]40.0[/bold]", "35.0", "45.0"]
     text = _render(table)
     assert "untrained" in text and "pretrained" in text and "87.2" in text and "bold" not in text
+
+
+def test_figure_has_a_line_per_model_and_pool(tmp_path):
+    rows = [ReadoutRow(depth, pool, 10.0, 20.0) for depth in ("embedding", "block 1") for pool in ("last", "mean")]
+    readout_figure({"pretrained": rows}, tmp_path / "one.png")
+    readout_figure(
+        {"pretrained": rows, "untrained": [ReadoutRow("embedding", "last", 5.0, 90.0)]}, tmp_path / "two.png"
+    )
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
+        assert one.size == two.size and min(one.size) > 300
+        assert one.tobytes() != two.tobytes()

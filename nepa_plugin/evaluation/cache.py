@@ -1,0 +1,81 @@
+"""Features on disk, keyed by the weights, the model's configuration, the images and how they were prepared."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from lightly.data import LightlyDataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nepa_plugin.checkpoints import CheckpointError, backbone_config
+from nepa_plugin.data import cache_dir
+
+FORMAT = 1  # raise it when features of the same key would differ
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return a SHA-256 of a model's weights: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_description(model: nn.Module) -> str:
+    """Return what, next to the weights, decides a model's features."""
+    try:
+        config = json.dumps(backbone_config(model), sort_keys=True, default=str)
+    except CheckpointError:  # not built by name
+        config = repr(model)
+    return f"{type(model).__name__} {getattr(model, 'attention', '')} {config}"
+
+
+def files_hash(images: LightlyDataset) -> str:
+    """Return a SHA-256 of a folder's files: path, size and time of each."""
+    root = Path(images.input_dir).resolve()
+    digest = hashlib.sha256(str(root).encode())
+    for file in images.get_filenames():
+        info = (root / file).stat()
+        digest.update(f"{file} {info.st_size} {info.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """The features of one model on one set of images: a folder with a safetensors file per depth and pooling.
+
+    Args:
+        key: Whatever the features depend on.
+        root: The folder of all features; ``features`` in the package's cache by default.
+    """
+
+    def __init__(self, key: Iterable[str], root: Path | None = None) -> None:
+        digest = hashlib.sha256("\n".join([str(FORMAT), *key]).encode()).hexdigest()[:32]
+        self.folder = (root or cache_dir() / "features") / digest
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return those of the named tensors that are there and undamaged."""
+        found = {}
+        for name in names:
+            with suppress(OSError, SafetensorError, KeyError):
+                found[name] = load_file(self._path(name))["values"]
+        return found
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, each at once or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, value in tensors.items():
+            handle, tmp = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+            os.close(handle)
+            save_file({"values": value.contiguous()}, tmp)
+            os.replace(tmp, self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / (name.replace("/", "-").replace(" ", "_") + ".safetensors")

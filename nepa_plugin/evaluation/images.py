@@ -1,0 +1,178 @@
+"""The labelled images of an evaluation, and loaders of them for one or several processes."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightly.data import LightlyDataset
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
+
+from nepa_plugin.data import (
+    DataError,
+    EpochBatchSampler,
+    ResumableLoader,
+    SeededDataset,
+    eval_transform,
+    evaluation_crop,
+    evaluation_images,
+    find_bad_images,
+    image_size,
+    trained_batches,
+)
+from nepa_plugin.evaluation.runtime import Runtime
+
+Split = Literal["train", "val"]
+
+
+@dataclass
+class Images:
+    """Training and validation images of the same classes.
+
+    Attributes:
+        source: What they were opened from.
+        train: Images to fit on.
+        val: Images to score.
+        classes: The classes' names, in the order of the labels.
+    """
+
+    source: str
+    train: LightlyDataset
+    val: LightlyDataset
+    classes: list[str]
+
+    def split(self, name: Split) -> LightlyDataset:
+        """Return one of the two."""
+        return self.train if name == "train" else self.val
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How a model takes images: size in pixels, normalisation, and centre crop over resized side."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+
+    @classmethod
+    def of(cls, model: Any, crop_pct: float | None = None) -> "ImageFormat":
+        """Return a timm model's format; ``crop_pct`` overrides its own, which is 1 up to 64 pixels."""
+        config = model.pretrained_cfg
+        return cls(image_size(model), tuple(config["mean"]), tuple(config["std"]), evaluation_crop(model, crop_pct))
+
+    def evaluation(self) -> Callable[..., Any]:
+        """Return the transform without augmentation."""
+        return eval_transform(self.size, self.crop_pct, self.mean, self.std)
+
+    def random_crop(self, scale: Sequence[float], hflip: float) -> Callable[..., Any]:
+        """Return the linear probe's augmentation: random resized crop and flip, as torchvision's ImageNet recipe."""
+        return T.Compose(
+            [
+                T.RandomResizedCrop(self.size, scale=tuple(scale)),
+                T.RandomHorizontalFlip(hflip),
+                T.ToTensor(),
+                T.Normalize(self.mean, self.std),
+            ]
+        )
+
+
+def open_images(source: str | Path, world_size: int = 1) -> Images:
+    """Open labelled images and check that all of them can be read.
+
+    Args:
+        source: ``"digits"``, or a folder that holds ``train`` and ``val`` with a sub-folder per class.
+        world_size: Number of processes that share the validation images.
+
+    Returns:
+        The images.
+
+    Raises:
+        DataError: If they cannot be evaluated on; the message names the folder or file.
+    """
+    train, val = evaluation_images(source)
+    for images in (train, val):
+        bad = find_bad_images(images.input_dir, images.get_filenames())
+        if bad:
+            names = ", ".join(str(Path(images.input_dir) / file) for file in bad[:5])
+            raise DataError(
+                f"{len(bad)} file(s) cannot be read as images: {names}{' ...' if len(bad) > 5 else ''}. Remove or "
+                "repair them."
+            )
+    if min(len(train), len(val)) < world_size:
+        raise DataError(f"{source} has fewer images than the {world_size} processes that share them.")
+    return Images(str(source), train, val, list(train.dataset.classes))
+
+
+def _workers(runtime: Runtime, num_workers: int | None) -> int:
+    if num_workers is not None:
+        return num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores <= 2 else min(16, cores // runtime.world_size)
+
+
+def ordered_loader(
+    images: LightlyDataset,
+    transform: Callable[..., Any],
+    runtime: Runtime,
+    batch_size: int,
+    num_workers: int | None = None,
+) -> DataLoader[Any]:
+    """Return batches of this process's images, ``rank::world_size``, in order: every image once over all processes."""
+    indices = list(range(len(images)))[runtime.rank :: runtime.world_size]
+    return DataLoader(
+        SeededDataset(images, transform, 0, indices),
+        batch_size=batch_size,
+        num_workers=_workers(runtime, num_workers),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def shuffled_loader(
+    images: LightlyDataset,
+    transform: Callable[..., Any],
+    runtime: Runtime,
+    batch_size: int,
+    seed: int,
+    trainer: Any,
+    num_workers: int | None = None,
+) -> DataLoader[Any]:
+    """Return shuffled batches for training; order and augmentation follow from (seed, epoch, index).
+
+    Args:
+        images: The images.
+        transform: The augmentation.
+        runtime: The processes that share an epoch.
+        batch_size: Per process.
+        seed: Of the order and the augmentation.
+        trainer: Whose progress says which epoch it is.
+        num_workers: Loader processes.
+
+    Returns:
+        A loader of (images, labels, filenames).
+    """
+    dataset = SeededDataset(images, transform, seed, list(range(len(images))))
+    sampler = EpochBatchSampler(
+        len(dataset),
+        batch_size,
+        seed,
+        runtime.rank,
+        runtime.world_size,
+        lambda length: divmod(trained_batches(trainer), max(1, length)),
+    )
+    workers = _workers(runtime, num_workers)
+    return ResumableLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def batch_per_process(batch_size: int, num_images: int, world_size: int) -> int:
+    """Return the images per process of a global batch, at most all of them."""
+    return max(1, min(batch_size, num_images) // world_size)

@@ -1,0 +1,56 @@
+"""Options of an evaluation."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nepa_plugin.evaluation.attentive import AttentiveOptions
+from nepa_plugin.evaluation.finetune import FinetuneOptions
+from nepa_plugin.evaluation.linear import LinearOptions
+
+
+@dataclass
+class EvaluationOptions:
+    """How a backbone is evaluated.
+
+    Args:
+        k: Neighbours of kNN.
+        temperature: Of kNN's votes.
+        depth: Depth whose features the probes read: ``embedding``, ``block 1`` ... or ``final norm``.
+        pool: Feature of an image for kNN and linear: the ``class`` token, the ``last`` token, or the ``mean`` of the
+            patch tokens.
+        concat: Readout: number of depths whose features are put side by side.
+        floor: Readout: score the same architecture untrained, too.
+        untrained: Take the backbone's architecture with fresh weights.
+        model_args: Arguments of the model that override the backbone's own, such as ``attention`` or ``img_size``.
+        crop_pct: Centre crop over resized side of the scored images; by default the model's own, 1 up to 64 pixels.
+        batch_size: Images per device while features are extracted.
+        num_workers: Loader processes per device; by default the cores, at most 16, and none up to two cores.
+        accelerator: ``auto``, ``cuda`` or ``cpu``.
+        devices: Number of devices, a list of GPU indices, or ``auto``.
+        seed: Of everything random.
+        cache: Keep features on disk, and use what is there.
+        progress: Show progress bars.
+        linear: The linear probe.
+        attentive: The attentive probe.
+        finetune: Fine-tuning.
+    """
+
+    k: int = 20
+    temperature: float = 0.1
+    depth: str = "final norm"
+    pool: Literal["class", "last", "mean"] = "mean"
+    concat: int = 4
+    floor: bool = False
+    untrained: bool = False
+    model_args: dict[str, Any] = field(default_factory=dict)
+    crop_pct: float | None = None
+    batch_size: int = 256
+    num_workers: int | None = None
+    accelerator: str = "auto"
+    devices: int | str = 1
+    seed: int = 0
+    cache: bool = True
+    progress: bool = False
+    linear: LinearOptions = field(default_factory=LinearOptions)
+    attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)

@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from nepa_plugin.evaluation import FinetuneOptions
+from nepa_plugin.evaluation.finetune import Finetune, classifier, layer_scale, lr_factor, parameter_groups
+
+SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+def _model(name="nepa_vit_tiny_patch14_224"):
+    torch.manual_seed(0)
+    return timm.create_model(name, **SIZES)
+
+
+def test_layer_scales_are_the_published_ones():
+    names = ["blocks.2.norm1.weight", "blocks.0.attn.qkv.weight", "backbone.blocks.1.gamma_1", "cls_token"]
+    assert [layer_scale(name, 3, 0.5) for name in names] == [1.0, 0.25, 0.5, 0.125]
+    assert [layer_scale(name, 3, 0.5) for name in ("norm.weight", "fc_norm.bias", "head.weight")] == [None] * 3
+
+
+def test_groups_cover_every_trained_parameter_once():
+    options = FinetuneOptions(layer_decay=0.5, head_lr=0.03)
+    network = classifier(_model(), 5, options)
+    groups = parameter_groups(network, 3, 0.1, options)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trained = [id(p) for p in network.parameters() if p.requires_grad]
+    assert sorted(grouped) == sorted(trained)
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    found = {name: by_id[id(p)] for name, p in network.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("patch_embed") for name in found)
+    assert found["blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.025)
+    assert found["blocks.2.attn.qkv.weight"]["lr"] == pytest.approx(0.1)
+    assert found["head.weight"]["lr"] == found["norm.bias"]["lr"] == found["fc_norm.weight"]["lr"] == 0.03
+    assert found["blocks.0.attn.qkv.weight"]["weight_decay"] == 0.05
+    assert found["blocks.0.attn.qkv.bias"]["weight_decay"] == found["cls_token"]["weight_decay"] == 0
+
+
+def test_warm_up_then_cosine():
+    factors = [lr_factor(step, 100, 20) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 21) and factors[19] == pytest.approx(20 / 21) and factors[20] == 1
+    assert factors[60] == pytest.approx(0.5) and factors[100] == pytest.approx(0)
+    assert lr_factor(0, 100, 0) == 0.5 and lr_factor(1, 100, 0) == 1  # at least one step
+
+
+def test_layer_warm_up_starts_the_last_block_first():
+    options = FinetuneOptions(layer_decay=0.5, warmup_fraction=0.4)
+    module = Finetune(classifier(_model(), 5, options), 5, 3, options, 256)
+    module.trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
+    (optimizer,), (schedule,) = module.configure_optimizers()
+    scheduler = schedule["scheduler"]
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+    shares = {group["lr_scale"]: group["lr"] / group["initial_lr"] for group in optimizer.param_groups}
+    assert shares[0.25] == pytest.approx(11 / 31)  # 40 x (1 - 0.25) = 30 steps of warm-up
+    assert shares[0.5] == pytest.approx(11 / 21)
+    assert shares[1.0] == pytest.approx(0.5 * (1 + math.cos(math.pi * 9 / 99)))
+
+
+@pytest.mark.parametrize("name", ["nepa_vit_tiny_patch14_224", "plain_vit_tiny_patch14_224"])
+def test_head_starts_at_zero_on_the_mean_of_the_patch_tokens(name):
+    model = _model(name).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    network = classifier(model, 5, FinetuneOptions(drop_path_rate=0.2)).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(network(images), torch.zeros(2, 5))
+        nn.init.normal_(network.head.weight)
+        mean = model.forward_features(images)[:, 1:].mean(1)
+        expected = nn.functional.layer_norm(mean, (32,), eps=1e-12) @ network.head.weight.T
+        torch.testing.assert_close(network(images), expected, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    blocks = getattr(network, "backbone", network).blocks
+    assert blocks[2].drop_path1.drop_prob == pytest.approx(0.2)
+
+
+def test_attention_mode():
+    assert classifier(_model(), 5, FinetuneOptions(attention="bidirectional")).attention == "bidirectional"
+    assert classifier(_model(), 5, FinetuneOptions()).attention == "causal"
+    with pytest.raises(ValueError, match="bidirectional attention only"):
+        classifier(_model("plain_vit_tiny_patch14_224"), 5, FinetuneOptions(attention="causal"))
