@@ -29,12 +29,12 @@ from nepa_plugin.checkpoints import (
     save_backbone,
 )
 from nepa_plugin.configs import read_config
+from nepa_plugin.curves import plot_training
 from nepa_plugin.data import DataError, ImageData, fingerprint
 from nepa_plugin.devices import resolve_devices
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.provenance import provenance, write_json
-from nepa_plugin.curves import plot_training
 
 
 class UsageError(ValueError):

@@ -524,11 +524,18 @@ class ImageData(LightningDataModule):
         )
 
 
+def evaluation_folders(source: str | Path) -> tuple[Path, Path]:
+    """Return the folders of training and validation images; ``test`` is taken where there is no ``val``."""
+    root = digits_folder() if str(source) == "digits" else Path(source)
+    val = root / "test" if (root / "test").is_dir() and not (root / "val").is_dir() else root / "val"
+    return root / "train", val
+
+
 def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDataset]:
     """Open labelled training and validation images.
 
     Args:
-        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val``.
+        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val`` (or ``test``).
 
     Returns:
         The training and the validation images, of the same classes.
@@ -536,17 +543,17 @@ def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDatase
     Raises:
         DataError: If a folder is missing, holds no image, has no or one class, or the two have different classes.
     """
-    root = digits_folder() if str(source) == "digits" else Path(source)
-    train, val = image_folder(root / "train", "training images"), image_folder(root / "val", "validation images")
+    folders = evaluation_folders(source)
+    train, val = image_folder(folders[0], "training images"), image_folder(folders[1], "validation images")
     classes, val_classes = _classes(train), _classes(val)
     if not classes:
-        raise DataError(f"{root / 'train'} has no classes: evaluation needs one sub-folder per class.")
+        raise DataError(f"{folders[0]} has no classes: evaluation needs one sub-folder per class.")
     if len(classes) < 2:
-        raise DataError(f"{root / 'train'} has one class only, {classes[0]}: evaluation needs a sub-folder per class.")
+        raise DataError(f"{folders[0]} has one class only, {classes[0]}: evaluation needs a sub-folder per class.")
     if classes != val_classes:
         odd = sorted(set(classes) ^ set(val_classes))
         raise DataError(
-            f"{root / 'train'} and {root / 'val'} have different classes: {', '.join(odd[:6])}"
+            f"{folders[0]} and {folders[1]} have different classes: {', '.join(odd[:6])}"
             f"{' and others' if len(odd) > 6 else ''} only in one of them."
         )
     return train, val
@@ -571,7 +578,7 @@ def evaluation_loaders(
     """Return loaders of training and validation images without augmentation, in the model's size and normalisation.
 
     Args:
-        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val``.
+        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val`` (or ``test``).
         model: A timm model; its ``pretrained_cfg`` says how images are normalised.
         batch_size: Images per batch.
         crop_pct: Centre crop over resized side; by default the model's own, 1 for images of 64 pixels and less.
