@@ -7,11 +7,15 @@ SCENES ?= data/digit_scenes
 SEG_RUN ?= runs/demo_segmentation
 SEG_CONFIG := mmseg_configs/nepa_tiny_digits_seg.py
 
-.PHONY: help setup demo segment-demo test test-fast lint clean
+COMPARISON ?= runs/comparison
+METHODS := nepa simclr mocov3 simsiam byol dino lejepa mae ijepa aim ibot
+
+.PHONY: help setup demo compare segment-demo test test-fast lint clean
 help:
 	@echo "make setup      create .venv and install everything (once; several GB, some minutes)"
 	@echo "make demo       pretrain NEPA on handwritten digits and look at what it learned (under ten minutes)"
 	@echo "make segment-demo   the same, then segmentation of scenes of digits in mmsegmentation (ten minutes)"
+	@echo "make compare    eleven methods on the digits, the same ViT and epochs, two seeds, and a report (under an hour)"
 	@echo "make test       run all tests          make test-fast   without the slow ones"
 	@echo "make lint       ruff and mypy          make clean       remove the environments"
 
@@ -27,7 +31,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 demo: setup
-	$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_digits.yaml --run_dir $(RUN) --ckpt_path auto
+	$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_demo.yaml --run_dir $(RUN) --ckpt_path auto
 	$(BIN)/python tools/evaluate.py $(RUN)/backbone --data digits --protocol readout --floor true --out $(RUN)
 	$(BIN)/python tools/visualize.py $(RUN)/backbone --data digits --out $(RUN)/similarity.png
 	@echo
@@ -38,9 +42,13 @@ demo: setup
 	@echo "Next, your own images:"
 	@echo "  $(BIN)/python tools/pretrain.py --config lightly_configs/nepa_vit_b.yaml --data.train_dir YOUR_IMAGES"
 
+compare: setup
+	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 \
+		--evaluate knn,linear,attentive,readout --out $(COMPARISON) --title "Eleven methods on handwritten digits"
+
 segment-demo: setup
 	test -d $(RUN)/backbone || \
-		$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_digits.yaml --run_dir $(RUN) --ckpt_path auto
+		$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_demo.yaml --run_dir $(RUN) --ckpt_path auto
 	test -d $(SCENES) || $(BIN)/python tools/make_digit_scenes.py $(SCENES)
 	DIGIT_SCENES=$(SCENES) $(BIN)/mim train mmsegmentation $(SEG_CONFIG) --work-dir $(SEG_RUN) --resume \
 		--cfg-options model.backbone.init_cfg.checkpoint=$(RUN)/backbone

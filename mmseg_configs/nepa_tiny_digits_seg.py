@@ -1,4 +1,4 @@
-# The embedded demo: scenes of digits, the backbone of lightly_configs/nepa_digits.yaml, two minutes on two CPU cores.
+# The embedded demo: scenes of digits, the backbone of lightly_configs/nepa_demo.yaml, two minutes on two CPU cores.
 # python tools/make_digit_scenes.py data/digit_scenes
 # mim train mmsegmentation mmseg_configs/nepa_tiny_digits_seg.py
 _base_ = [

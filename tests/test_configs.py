@@ -27,7 +27,7 @@ def test_merge_leaves_its_arguments_alone():
 
 
 def test_a_shipped_config():
-    config = read_config(CONFIGS / "nepa_digits.yaml")
+    config = read_config(CONFIGS / "nepa_demo.yaml")
     assert config["model"]["class_path"] == "nepa_plugin.methods.NEPA"
     assert config["model"]["init_args"]["backbone_args"] == {"embed_dim": 128, "depth": 4, "num_heads": 4}
     assert config["model"]["init_args"]["base_lr"] == 2e-3 and config["trainer"]["max_epochs"] == 60

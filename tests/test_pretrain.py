@@ -21,7 +21,7 @@ from nepa_plugin.cli import main
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "lightly_configs" / "base.yaml"
-DIGITS = ROOT / "lightly_configs" / "nepa_digits.yaml"
+DIGITS = ROOT / "lightly_configs" / "nepa_demo.yaml"
 FAST = [
     *("--model.backbone_args.embed_dim", "32", "--model.backbone_args.depth", "2"),
     *("--model.backbone_args.num_heads", "2", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1"),
@@ -306,7 +306,7 @@ def test_print_config_and_help(capsys):
     assert "Decay of the moving average" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nepa_vit_b", "nepa_vit_l", "nepa_cifar10", "nepa_digits"])
+@pytest.mark.parametrize("name", ["nepa_vit_b", "nepa_vit_l", "nepa_cifar10", "nepa_demo"])
 def test_configs_parse(name, capsys, tmp_path):
     with pytest.raises(SystemExit) as done:
         main(

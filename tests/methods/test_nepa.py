@@ -128,7 +128,7 @@ def train(tmp_path_factory):
             size = [part for key, value in SIZE.items() for part in (f"--model.backbone_args.{key}", str(value))]
             trainer = ["--trainer.max_epochs", str(epochs), "--trainer.log_every_n_steps", "1"]
             quiet = ["--trainer.check_val_every_n_epoch", "1000", "--trainer.enable_model_summary", "false"]
-            config = ["--config", str(CONFIGS / "nepa_digits.yaml"), "--run_dir", str(folder)]
+            config = ["--config", str(CONFIGS / "nepa_demo.yaml"), "--run_dir", str(folder)]
             main([*config, *size, *trainer, *quiet, *options], CONFIGS / "base.yaml")
             done[epochs, options] = folder
         return done[epochs, options]

@@ -1,0 +1,40 @@
+"""Projection heads."""
+
+import warnings
+
+from lightly.models.modules.heads import DINOProjectionHead
+from torch import nn
+from torch.nn.utils import parametrizations
+
+
+class PrototypeHead(DINOProjectionHead):
+    """lightly's head of DINO and iBOT, with a weight-normalised last layer that can be copied.
+
+    lightly normalises with ``torch.nn.utils.weight_norm``, and a module with that cannot be deep-copied. Source: DINO,
+    arXiv 2104.14294, appendix C.
+
+    Args:
+        input_dim: D of the features.
+        hidden_dim: Width of the MLP.
+        bottleneck_dim: Width of the unit vectors that the prototypes are compared with.
+        output_dim: Number of prototypes.
+        norm_last_layer: Keep the prototypes at unit length.
+        freeze_last_layer: Epochs in which ``cancel_last_layer_gradients`` keeps the prototypes as they are.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        output_dim: int = 65536,
+        norm_last_layer: bool = True,
+        freeze_last_layer: int = -1,
+    ) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the layer that is replaced below
+            super().__init__(input_dim, hidden_dim, bottleneck_dim, output_dim, freeze_last_layer=freeze_last_layer)
+        self.last_layer = parametrizations.weight_norm(nn.Linear(bottleneck_dim, output_dim, bias=False))
+        length = self.last_layer.parametrizations.weight.original0
+        length.data.fill_(1)
+        length.requires_grad_(not norm_last_layer)

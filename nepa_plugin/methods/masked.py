@@ -1,0 +1,140 @@
+"""What the methods that mask patches share: lightly's masked wrapper around timm's ViT, and the single view."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightly.models.modules import MaskedVisionTransformerTIMM
+from lightly.models.utils import initialize_2d_sine_cosine_positional_embedding
+from lightly.transforms import AIMTransform, MAETransform
+from lightly.transforms.ijepa_transform import IJEPATransform
+from lightly.transforms.torchvision_v2_compatibility import torchvision_transforms as T
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from nepa_plugin.methods.transforms import NORMALIZE
+
+
+def check_maskable(vit: nn.Module, method: str) -> None:
+    """Check that a backbone is one that lightly's masked wrapper takes.
+
+    Args:
+        vit: The backbone.
+        method: Name of the method, for the error.
+
+    Raises:
+        ValueError: If it is no timm ``VisionTransformer`` with a position embedding and a square grid of patches.
+    """
+    name = type(vit).__name__
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(
+            f"{method} hides patches and needs timm's VisionTransformer, not {name}: set backbone to "
+            "plain_vit_{tiny,small,base,large,huge}_patch14_224 (NEPA's sizes) or vit_base_patch16_224."
+        )
+    if vit.pos_embed is None:
+        raise ValueError(f"{method} needs a backbone with a position embedding: remove pos_embed from backbone_args.")
+    (height, width), (patch, _) = vit.patch_embed.img_size, vit.patch_embed.patch_size
+    if height != width or height % patch:
+        raise ValueError(
+            f"{method} needs square images of whole patches, not {height}x{width} with patch_size {patch}."
+        )
+
+
+def masked_encoder(vit: VisionTransformer, mask_token: nn.Parameter | None = None) -> MaskedVisionTransformerTIMM:
+    """Return lightly's masked wrapper around ``vit``. It holds the same weights, initialises none, and costs nothing.
+
+    Made anew where it is needed instead of kept, so that every weight has one name in the method.
+
+    Args:
+        vit: The backbone.
+        mask_token: What stands in for a masked patch, (1, 1, D); needed where ``encode`` is given a mask.
+
+    Returns:
+        The wrapper; its ``encode`` maps images (B, C, H, W) to tokens (B, T, D) after the final norm.
+    """
+    encoder = MaskedVisionTransformerTIMM(
+        vit, mask_token, weight_initialization="skip", pos_embed_initialization="skip"
+    )
+    encoder.set_grad_checkpointing(vit.grad_checkpointing)
+    return encoder
+
+
+def fix_position_embedding(vit: VisionTransformer, initialize: bool = True) -> None:
+    """Freeze the position embedding.
+
+    Args:
+        vit: The backbone.
+        initialize: Set it to the 2D sine-cosine embedding first; ``False`` keeps loaded weights.
+
+    Raises:
+        ValueError: If the width is no multiple of 4, which the embedding needs.
+    """
+    if initialize:
+        if vit.embed_dim % 4:
+            raise ValueError(
+                f"The sine-cosine position embedding needs a multiple of 4 as embed_dim, got {vit.embed_dim}."
+            )
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        initialize_2d_sine_cosine_positional_embedding(vit.pos_embed, num_prefix_tokens=prefix)
+    vit.pos_embed.requires_grad_(False)
+
+
+def with_prefix(patches: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Turn indices of patches (B, K) into indices of tokens (B, P + K): the P prefix tokens, then these patches."""
+    prefix = torch.arange(num_prefix_tokens, device=patches.device).expand(len(patches), -1)
+    return torch.cat([prefix, patches + num_prefix_tokens], dim=1)
+
+
+@contextmanager
+def python_random_from_torch() -> Iterator[None]:
+    """Make Python's ``random`` a function of torch's CPU generator inside the block, and as before after it."""
+    state = random.getstate()
+    random.seed(int(torch.randint(2**31, ())))
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+class SingleView:
+    """lightly's one-view augmentation (crop, flip, normalisation) with a crop range and flip probability of choice.
+
+    Args:
+        cls: lightly's transform.
+        input_size: Side of the view in pixels.
+        crop_scale: Range of the crop's area as a fraction of the image.
+        hflip_prob: Probability of a horizontal flip.
+        normalize: ``mean`` and ``std`` per channel.
+
+    Raises:
+        ValueError: If the crop range or the probability is impossible.
+    """
+
+    def __init__(
+        self,
+        cls: type[MAETransform] | type[AIMTransform] | type[IJEPATransform],
+        input_size: int = 224,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        hflip_prob: float = 0.5,
+        normalize: dict[str, list[float]] = NORMALIZE,
+    ) -> None:
+        low, high = crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(
+                f"crop_scale must be two fractions of the image with 0 < low <= high <= 1, got {crop_scale}."
+            )
+        if not 0 <= hflip_prob <= 1:
+            raise ValueError(f"hflip_prob must be in [0, 1], got {hflip_prob}.")
+        self.transform: Any = cls(input_size=input_size, min_scale=low, normalize=normalize).transform
+        for step in self.transform.transforms:  # lightly fixes these two
+            if isinstance(step, T.RandomResizedCrop):
+                step.scale = (low, high)
+            elif isinstance(step, T.RandomHorizontalFlip):
+                step.p = hflip_prob
+
+    def __call__(self, image: Image.Image) -> list[Tensor]:
+        """Return a list with the one view (3, H, W)."""
+        return [self.transform(image)]
