@@ -13,7 +13,7 @@ TOY, TOY_CLASSIFIER = DATA / "nepa-toy-gelu", DATA / "nepa-toy-gelu-classifier"
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     os.environ["NEPA_PLUGIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")

@@ -306,7 +306,10 @@ def test_print_config_and_help(capsys):
     assert "Decay of the moving average" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["nepa_vit_b", "nepa_vit_l", "nepa_cifar10", "nepa_demo"])
+CONFIG_NAMES = sorted(path.stem for path in (ROOT / "lightly_configs").glob("*.yaml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
 def test_configs_parse(name, capsys, tmp_path):
     with pytest.raises(SystemExit) as done:
         main(
@@ -321,6 +324,10 @@ def test_configs_parse(name, capsys, tmp_path):
         )
     assert done.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
+    digits = name.endswith(("_digits", "_demo"))
+    assert config["data"]["demo"] == ("digits" if digits else None)
+    sizes = config["model"]["init_args"]["backbone_args"] or {}
+    assert sizes.get("embed_dim") == ({"nepa_demo": 128}.get(name, 64) if digits else None)
     if name.startswith("nepa_vit"):
         assert config["global_batch_size"] == 4096 and config["trainer"]["max_epochs"] == 1600
         recipe = config["model"]["init_args"]

@@ -97,6 +97,11 @@ class AIM(Method):
         self.train_transform()  # a wrong option fails here
         self.save_hyperparameters(logger=False)
 
+    @property
+    def attention(self) -> str:
+        """The attention in pretraining, in words; downstream it is bidirectional."""
+        return "causal after a bidirectional prefix"
+
     def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
         """Return the paper's augmentation at this model's image size."""
         return SingleView(AIMTransform, self.img_size, self.crop_scale, self.hflip_prob, self.normalize)

@@ -59,8 +59,8 @@ class IBOT(MomentumMethod):
         **kwargs: Arguments of :class:`~nepa_plugin.methods.momentum.MomentumMethod`.
 
     Raises:
-        ValueError: If the backbone is no ``VisionTransformer`` with what ``pool`` asks for, the local views have no whole
-            number of patches, or the masks do not fit the grid of patches.
+        ValueError: If the backbone is no ``VisionTransformer`` with what ``pool`` asks for, the local views have no
+            whole number of patches, or the masks do not fit the grid of patches.
     """
 
     exported = "teacher_backbone"

@@ -29,6 +29,12 @@ def images():
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def aim_backbone(start):
+    """The backbone's weights as they are after construction from given ones."""
+    args = {"backbone": "plain_vit_tiny_patch14_224", "img_size": 16, "patch_size": 4, "backbone_args": SIZE}
+    return AIM(init_from=str(start), num_classes=0, head_dim=16, head_blocks=1, **args).backbone.state_dict()
+
+
 def step(model, images, seed=0):
     torch.manual_seed(seed)
     return model.step([images])
@@ -132,16 +138,8 @@ def test_the_position_embedding_is_fixed_unless_weights_are_given(images, tmp_pa
     with torch.no_grad():
         source.pos_embed.normal_()
     save_backbone(source, tmp_path / "start")
-    torch.manual_seed(0)
-    model = AIM(
-        backbone="plain_vit_tiny_patch14_224",
-        img_size=16,
-        patch_size=4,
-        backbone_args=SIZE,
-        num_classes=0,
-        init_from=str(tmp_path / "start"),
-    )
-    assert all(torch.equal(value, model.backbone.state_dict()[name]) for name, value in source.state_dict().items())
+    kept = aim_backbone(tmp_path / "start")
+    assert all(torch.equal(value, kept[name]) for name, value in source.state_dict().items())
 
 
 def test_the_exported_backbone_is_bidirectional(images, tmp_path):
@@ -154,6 +152,10 @@ def test_the_exported_backbone_is_bidirectional(images, tmp_path):
         differs = (exported.forward_features(images) - exported.forward_features(changed)).abs().amax(dim=(0, 2))
         torch.testing.assert_close(model.eval()(images), exported.forward_features(images)[:, 1:].mean(dim=1))
     assert (differs > 1e-4).all()
+
+
+def test_says_how_it_attends():
+    assert aim().attention == "causal after a bidirectional prefix"
 
 
 def test_a_step_is_a_function_of_the_seed(images):

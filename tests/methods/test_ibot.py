@@ -92,6 +92,19 @@ def test_the_loss_written_out(views, shared_head, num_views):
     torch.testing.assert_close(features, teacher[0][:, 0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_mean_of_the_patches_can_stand_for_the_image(views):
+    model = ibot(pool="mean", backbone_args=SIZE | {"class_token": False, "global_pool": "avg"})
+    compared = []
+    model.class_criterion.register_forward_hook(lambda module, args, output: compared.append(args))
+    features = step(model, views)[1]
+    with torch.no_grad():
+        teacher = [model.teacher_backbone.forward_features(view).mean(dim=1) for view in views[:2]]
+        local = model.backbone.forward_features(views[2]).mean(dim=1)
+        torch.testing.assert_close(features, teacher[0])
+        torch.testing.assert_close(compared[0][0][1], model.teacher_head(teacher[1]))
+        torch.testing.assert_close(compared[0][1][2], model.head(local))
+
+
 def test_the_student_sees_the_mask_token_in_place_of_masked_patches(views):
     model = ibot()
     disturb(model)
@@ -218,7 +231,10 @@ def test_the_local_crops_have_whole_patches():
     ("options", "message"),
     [
         ({"backbone": "nepa_vit_tiny_patch14_224"}, "iBOT hides patches and needs timm's VisionTransformer"),
-        ({"backbone_args": SIZE | {"class_token": False, "global_pool": "avg"}}, "needs a backbone with a class token. Set pool: mean"),
+        (
+            {"backbone_args": SIZE | {"class_token": False, "global_pool": "avg"}},
+            "needs a backbone with a class token. Set pool: mean",
+        ),
         ({"local_crop_size": 10}, "local_crop_size=10 must be a multiple of the patch size 4"),
         ({"mask_ratio": (0.05, 0.5)}, "at least one of the 16 patches"),
         ({"mask_ratio": (0.5, 0.25)}, "ascending"),
