@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
+import torch.distributed as dist
 import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
@@ -221,6 +222,7 @@ class PretrainCLI(LightningCLI):
             self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
             if self.resume_from is not None:
                 self._check_checkpoint(self.resume_from)
+        if _is_rank_zero() or dist.is_initialized():  # where there is a group already, the step's gathers need all of it
             self.cost = training_cost(self.model)
 
     def _check_checkpoint(self, path: Path) -> None:
@@ -248,7 +250,8 @@ class PretrainCLI(LightningCLI):
             return
         # From the checkpoint, not from the module: there the averaged weights are under a fixed name.
         save_backbone(load_backbone(last), self.run_dir / "backbone", overwrite=True)
-        plot_training(self.run_dir / "metrics.csv", self.run_dir / "loss.png")
+        if (self.run_dir / "metrics.csv").is_file():  # a run shorter than log_every_n_steps has logged nothing
+            plot_training(self.run_dir / "metrics.csv", self.run_dir / "loss.png")
         write_json(self.run_dir / "summary.json", self._summary())
         rank_zero_info(
             f"Backbone: {self.run_dir / 'backbone'}   curves: {self.run_dir / 'loss.png'}   numbers: "
