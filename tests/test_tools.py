@@ -66,3 +66,18 @@ def test_bad_input(name, backbone, tmp_path):
         tool(name, tmp_path / "nothing", "--data", "digits")
     with pytest.raises(SystemExit, match="no folder at"):
         tool(name, backbone, "--data", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--protcol", "knn"), "unrecognized arguments: --protcol knn"),
+        (("--k", "many"), 'Parser key "k"'),
+        (("--protocol", "guess"), "give one or several of knn, linear"),
+        (("--protocol", "knn", "--k", "5000"), "k = 5000 neighbours, but only 1400 training images"),
+    ],
+)
+def test_bad_options_of_evaluate_are_one_line(option, message, backbone):
+    with pytest.raises(SystemExit, match=message) as status:
+        tool("evaluate", backbone, "--data", "digits", *option)
+    assert "\n" not in str(status.value)

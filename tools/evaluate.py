@@ -11,7 +11,7 @@ work. Small images that must not be mirrored or mixed, such as digits, are fine-
 """
 
 import sys
-from typing import Optional
+from typing import NoReturn, Optional
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
@@ -19,8 +19,15 @@ from rich.console import Console
 from nepa_plugin.evaluation import EvaluationOptions, evaluate, tables
 
 
+class Parser(ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.exit(f"error: {' '.join(message.split())} (--help lists the options)")
+
+
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, default_env=False)
+    parser = Parser(description=__doc__, default_env=False)
     parser.add_argument("backbone", type=str, help="what to evaluate")
     parser.add_argument("--data", type=str, required=True, help="'digits', or a folder with train/ and val/")
     parser.add_argument("--protocol", type=str, default="readout", help="knn,linear,attentive,finetune,readout")
