@@ -222,7 +222,7 @@ class PretrainCLI(LightningCLI):
             self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
             if self.resume_from is not None:
                 self._check_checkpoint(self.resume_from)
-        if _is_rank_zero() or dist.is_initialized():  # where there is a group already, the step's gathers need all of it
+        if _is_rank_zero() or dist.is_initialized():  # the gathers of a step need the whole group
             self.cost = training_cost(self.model)
 
     def _check_checkpoint(self, path: Path) -> None:

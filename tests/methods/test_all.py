@@ -23,7 +23,7 @@ from nepa_plugin.methods.momentum import MomentumMethod
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"
-#: Method -> points by which it must beat its untrained network on the digits, in kNN or linear probe, whichever gains more.
+#: Method -> points by which it must beat its untrained network on the digits, in kNN or linear probe.
 MARGINS = {
     "nepa": 15,
     "simclr": 15,
