@@ -106,6 +106,11 @@ class Method(LightningModule):
             self.backbone: Any = timm.create_model(backbone, **(args | (backbone_args or {})))
         except RuntimeError as error:
             raise ValueError(f"backbone={backbone!r} is not a timm model: {error}") from error
+        except TypeError as error:
+            raise ValueError(
+                f"backbone={backbone!r} cannot be built with {args | (backbone_args or {})}: {error}. Give a timm "
+                "Vision Transformer, and only arguments that it has."
+            ) from error
         #: Normalisation of the images: the backbone's own, which evaluation uses too.
         images: Any = self.backbone.pretrained_cfg
         self.mean, self.std = tuple(images["mean"]), tuple(images["std"])

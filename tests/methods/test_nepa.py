@@ -114,6 +114,20 @@ def test_a_backbone_that_is_no_predictor_is_refused():
         NEPA(backbone="vit_tiny_patch16_224", num_classes=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet18", "backbone_args": None}, "'resnet18' cannot be built with .*img_size.*timm Vision"),
+        ({"backbone_args": {"depht": 3}}, "cannot be built with .*'depht'"),
+        ({"backbone": "vit_nothing"}, "'vit_nothing' is not a timm model"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+    ],
+)
+def test_what_cannot_be_built_is_one_clear_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        nepa(**options)
+
+
 # -- ablations ---------------------------------------------------------------------------------------------------------
 
 
