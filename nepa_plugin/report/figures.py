@@ -5,9 +5,10 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from nepa_plugin.comparison import Run
-from nepa_plugin.report.tables import PROTOCOLS, by_name, score, training_pflop
+from nepa_plugin.report.tables import PROTOCOLS, by_name, compute_unit, score, training_pflop
 
 
 def _style(index: int, name: str) -> dict[str, Any]:
@@ -81,7 +82,8 @@ def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
                     values.setdefault(row["depth"], []).append(row["linear"])
         if values:
             axes.plot(list(values), [sum(v) / len(v) for v in values.values()], label=name, **_style(i, name))
-    axes.set(ylabel=f"linear probe of the {pool} token, top-1 %")
+    what = "mean of the patch tokens" if pool == "mean" else f"{pool} token"
+    axes.set(ylabel=f"linear probe of the {what}, top-1 %")
     axes.tick_params(axis="x", labelsize=8, rotation=30 if len(axes.get_xticks()) > 8 else 0)
     _finish(axes)
     return figure
@@ -90,15 +92,19 @@ def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
 def plot_compute(runs: Sequence[Run]) -> Figure:
     """Draw each protocol's accuracy against the training's floating-point operations, a point per seed."""
     protocols = [p for p in (*PROTOCOLS, "readout") if any(score(run, p) is not None for run in runs)]
+    unit, factor = compute_unit(runs)
     figure = _figure(3.8 * max(1, len(protocols)), 4.2)
     panels = [figure.add_subplot(1, len(protocols), i + 1) for i in range(len(protocols))]
     for axes, protocol in zip(panels, protocols, strict=True):
         for i, (name, group) in enumerate(by_name(runs).items()):
-            points = [(x, y) for run in group if (x := training_pflop(run)) and (y := score(run, protocol)) is not None]
+            pairs = [(training_pflop(run), score(run, protocol)) for run in group]
+            points = [(factor * x, y) for x, y in pairs if x and y is not None]
             style = {k: v for k, v in _style(i, name).items() if k in ("color", "marker")}
             if points:
                 axes.plot(*zip(*points, strict=True), linestyle="none", markersize=7, label=name, **style)
-        axes.set(xscale="log", xlabel="training, PFLOP", title=PROTOCOLS.get(protocol, "best readout"))
+        axes.set(xscale="log", xlabel=f"training, {unit}", title=PROTOCOLS.get(protocol, "best readout"))
+        for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            axis_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # 3, not 3 x 10^0
         axes.grid(alpha=0.3, which="both")
     if panels:
         panels[0].set_ylabel("top-1 %")

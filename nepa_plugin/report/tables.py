@@ -39,6 +39,12 @@ def training_pflop(run: Run) -> float | None:
     return float(run.summary["gflops"] * run.summary["images_seen"] / 1e6)
 
 
+def compute_unit(runs: Sequence[Run]) -> tuple[str, float]:
+    """Return the unit in which the trainings' operations are written, and how many of it make 1e15."""
+    largest = max((pflop for run in runs if (pflop := training_pflop(run)) is not None), default=0.0)
+    return ("PFLOP", 1.0) if largest >= 0.1 else ("TFLOP", 1e3)
+
+
 def spread(values: Sequence[float | None], form: str = ".1f") -> str:
     """Return the mean of the values and, of several, their range: ``81.2 (80.5-81.9)``."""
     known = [v for v in values if v is not None]
@@ -94,15 +100,16 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
     note = "Top-1 accuracy on the validation images in per cent: mean and, in brackets, range over seeds."
     if readout:
         note += (
-            " The best readout is the best linear probe over all depths and the last token, the mean of the patch tokens, "
-            "and the means of the last depths put side by side (concat); it is chosen on the validation images, for every "
-            "row, so it is an optimistic number."
+            " The best readout is the best linear probe over all depths and the last token, the mean of the patch "
+            "tokens, and the means of the last depths put side by side (concat). It is chosen on the validation "
+            "images, for every row, so it is an optimistic number."
         )
     return Table("Accuracy", header, rows, note)
 
 
 def cost_table(runs: Sequence[Run]) -> Table:
     """Return what each method cost: time, memory, passes, compute, and parameters that are thrown away."""
+    unit, factor = compute_unit(runs)
     columns: list[tuple[str, Callable[[dict[str, Any]], float | None], str]] = [
         ("epochs", lambda s: s["epochs"], ".0f"),
         ("images seen", lambda s: s["images_seen"], ",.0f"),
@@ -113,7 +120,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
         ("encoder passes", lambda s: s["encoder_passes"], ".3g"),
         ("encoder tokens", lambda s: s["encoder_tokens"], ".0f"),
         ("GFLOP/image", lambda s: s["gflops"], ".3g"),
-        ("PFLOP in all", lambda s: s["gflops"] * s["images_seen"] / 1e6, ".3g"),
+        (f"{unit} in all", lambda s: factor * s["gflops"] * s["images_seen"] / 1e6, ".3g"),
         ("backbone, M", lambda s: s["backbone_parameters"] / 1e6, ".3g"),
         ("thrown away, M", lambda s: s["discarded_parameters"] / 1e6, ".3g"),
     ]

@@ -81,7 +81,7 @@ def test_costs(runs):
     assert list(rows) == ["nepa", "mae"]  # what was not trained has no cost
     nepa = rows["nepa"]
     assert nepa["training, s"] == "10 (10-11)" and nepa["images seen"] == "2,560" and nepa["peak memory, MiB"] == "1024"
-    assert nepa["PFLOP in all"] == "0.00128"  # 0.5e9 x 2560
+    assert nepa["TFLOP in all"] == "1.28"  # 0.5e9 x 2560
     assert nepa["thrown away, M"] == "0.05" and rows["mae"]["encoder tokens"] == "17"
 
 
