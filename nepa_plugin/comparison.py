@@ -273,9 +273,10 @@ def _untrained(runs: list[Run], what: Comparison) -> list[Run]:
         mode = f" {run.summary['attention']}" if run.summary["backbone_class"] == "NepaViT" else ""
         name = f"untrained {run.summary['backbone_class']}{mode}"
         same = backbones.setdefault(name, [])
-        if run.summary["backbone"] not in same:
-            same.append(run.summary["backbone"])
-        number = same.index(run.summary["backbone"]) + 1
+        backbone = _architecture(run.summary["backbone"])
+        if backbone not in same:
+            same.append(backbone)
+        number = same.index(backbone) + 1
         name += f" {number}" if number > 1 else ""
         if (name, run.seed) in floors:
             continue
@@ -285,3 +286,10 @@ def _untrained(runs: list[Run], what: Comparison) -> list[Run]:
             save_backbone(model, floor.folder / "backbone", overwrite=True)
         floors[name, run.seed] = floor
     return sorted(floors.values(), key=lambda run: (run.name, run.seed))
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a backbone's config its fresh weights depend on."""
+    other = ("dynamic_img_size", "drop_path_rate")
+    args = {key: value for key, value in config.get("model_args", {}).items() if key not in other}
+    return {"architecture": config["architecture"], "model_args": args}
