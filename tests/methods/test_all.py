@@ -37,7 +37,7 @@ MARGINS = {
     "aim": 15,
     "ibot": 5,
 }
-#: Ten epochs are enough for the others. The losses of DINO and iBOT first fall, then rise while the centre of the teacher's
+#: Ten epochs do for the others. The losses of DINO and iBOT first fall, then rise while the centre of the teacher's
 #: outputs catches up, and fall again; I-JEPA is slow.
 EPOCHS = {"dino": "20", "ibot": "20", "ijepa": "20"}
 #: Methods with a momentum encoder; of these, DINO, iBOT and I-JEPA export it.
