@@ -43,7 +43,7 @@ demo: setup
 	@echo "  $(BIN)/python tools/pretrain.py --config lightly_configs/nepa_vit_b.yaml --data.train_dir YOUR_IMAGES"
 
 compare: setup
-	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 \
+	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 --jobs 2 \
 		--evaluate knn,linear,attentive,readout --out $(COMPARISON) --title "Eleven methods on handwritten digits"
 
 segment-demo: setup

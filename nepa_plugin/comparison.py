@@ -7,10 +7,12 @@ evaluation in ``evaluation/``; ``OUT/untrained/...`` are the same backbones with
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,7 @@ class Comparison:
         seeds: Seeds that each config is trained with.
         overrides: Further arguments of ``tools/pretrain.py`` for every config.
         options: Of the evaluation.
+        jobs: Runs that are trained at the same time, each with its share of the CPU's cores.
     """
 
     sources: Sequence[str]
@@ -83,6 +86,7 @@ class Comparison:
     seeds: Sequence[int]
     overrides: Sequence[str] = ()
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    jobs: int = 1
 
     def arguments(self, config: Path, seed: int) -> list[str]:
         """Return the arguments of ``tools/pretrain.py`` for one run, without its folder."""
@@ -113,17 +117,21 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
     """
     say = say or Console(highlight=False, soft_wrap=True).print
     planned = _plan(what)
-    runs = []
-    for i, (run, config) in enumerate(planned):
-        place = f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}"
-        if config is not None:
-            _train(run, what.arguments(config, run.seed), f"{place}: ", say)
-        if run.error is None:
-            _load(run)
-            _evaluate(run, what, f"{place}: ", say)
-        if run.error is not None:
-            say(f"{place}: FAILED: {run.error}")
-        runs.append(run)
+    runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
+    with ThreadPoolExecutor(what.jobs) as pool:  # the threads only wait for the processes that train
+        trainings = [
+            pool.submit(_train, run, what.arguments(config, run.seed), place, say, what.jobs) if config else None
+            for (run, config), place in zip(planned, places, strict=True)
+        ]
+        for (run, _), place, training in zip(planned, places, trainings, strict=True):
+            if training is not None:
+                training.result()
+            if run.error is None:
+                _load(run)
+                _evaluate(run, what, place, say)
+            if run.error is not None:
+                say(f"{place}FAILED: {run.error}")
+            runs.append(run)
     for run in _untrained(runs, what):
         _evaluate(run, what, f"{run.name}, seed {run.seed}: ", say)
         runs.append(run)
@@ -134,6 +142,8 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
 
 
 def _plan(what: Comparison) -> list[tuple[Run, Path | None]]:
+    if what.jobs < 1:
+        raise ComparisonError(f"jobs must be at least 1, got {what.jobs}.")
     if not what.sources:
         raise ComparisonError("Nothing to compare: give config files or folders of finished runs.")
     images = check_evaluation(what.data, what.protocols, what.options)
@@ -214,7 +224,7 @@ def _check_request(run: Run, arguments: list[str], config: Path) -> None:
 # -- training and evaluation -------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, arguments: list[str], place: str, say: Say) -> None:
+def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int) -> None:
     if (run.folder / SUMMARY).is_file():
         say(f"{place}trained already")
         return
@@ -226,10 +236,12 @@ def _train(run: Run, arguments: list[str], place: str, say: Say) -> None:
     code = "import sys; from pathlib import Path; from nepa_plugin.cli import main; "
     code += "main(sys.argv[2:], Path(sys.argv[1]) if sys.argv[1] else None)"
     command = [sys.executable, "-c", code, str(base_config() or ""), *arguments]
+    command += ["--run_dir", str(run.folder), "--ckpt_path", "auto"]
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("a") as file:
-        status = subprocess.run(
-            [*command, "--run_dir", str(run.folder), "--ckpt_path", "auto"], stdout=file, stderr=subprocess.STDOUT
-        ).returncode
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
     if status or not (run.folder / SUMMARY).is_file():
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         run.error = f"training ended with status {status}: {lines[-1] if lines else ''} (see {log})"

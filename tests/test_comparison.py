@@ -45,6 +45,7 @@ NEPA = CONFIGS / "nepa_digits.yaml"
 
 def test_bad_input_is_refused_before_any_training(tmp_path):
     assert "Nothing to compare" in refused(comparison(tmp_path))
+    assert "jobs must be at least 1" in refused(comparison(tmp_path, NEPA, jobs=0))
     assert "No config file at" in refused(comparison(tmp_path, NEPA, CONFIGS / "nope.yaml"))
     assert "protocol guess: give one or several of knn" in refused(comparison(tmp_path, NEPA, protocols=["guess"]))
     assert "Two sources are called nepa_digits" in refused(comparison(tmp_path, NEPA, NEPA))
@@ -63,7 +64,7 @@ def finished(tmp_path_factory):
     broken = (root / "configs" / "nepa_digits.yaml").read_text().replace("base_lr", "drop_path_rate: 2.0\n    base_lr")
     (root / "configs" / "broken.yaml").write_text(broken)  # parses, and fails when the backbone is built
     sources = [root / "configs" / f"{name}.yaml" for name in ("nepa_digits", "broken", "simclr_digits")]
-    what = comparison(root, *sources, protocols=["knn", "linear", "readout"])
+    what = comparison(root, *sources, protocols=["knn", "linear", "readout"], jobs=2)
     lines = []
     return what, compare(what, lines.append), lines
 

@@ -31,9 +31,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for runs and report")
     parser.add_argument("--title", default="Comparison of self-supervised methods")
     parser.add_argument("--k", type=int, default=20, help="neighbours of kNN")
+    parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
     args = parser.parse_args(given)
     options = EvaluationOptions(k=args.k)
-    what = Comparison(args.sources, args.out, args.data, args.evaluate.split(","), args.seeds, overrides, options)
+    protocols = args.evaluate.split(",")
+    what = Comparison(args.sources, args.out, args.data, protocols, args.seeds, overrides, options, args.jobs)
     try:
         runs = compare(what)
     except (ComparisonError, ValueError, FileNotFoundError) as error:
