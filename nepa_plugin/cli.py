@@ -285,6 +285,12 @@ class PretrainCLI(LightningCLI):
         }
 
 
+def base_config() -> Path | None:
+    """Return the file that is read before every config, where the package lies in a checkout."""
+    path = Path(__file__).parent.parent / "lightly_configs" / "base.yaml"
+    return path if path.is_file() else None
+
+
 def main(args: list[str] | None = None, base_config: Path | None = None) -> None:
     """Run the command.
 
@@ -354,3 +360,7 @@ def _exit(error: Exception) -> NoReturn:
         text = str(cause)
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(base_config=base_config())

@@ -118,11 +118,12 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
     say = say or Console(highlight=False, soft_wrap=True).print
     planned = _plan(what)
     runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
-    with ThreadPoolExecutor(what.jobs) as pool:  # the threads only wait for the processes that train
-        trainings = [
-            pool.submit(_train, run, what.arguments(config, run.seed), place, say, what.jobs) if config else None
-            for (run, config), place in zip(planned, places, strict=True)
-        ]
+    pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for the processes that train
+    trainings = [
+        pool.submit(_train, run, what.arguments(config, run.seed), place, say, what.jobs) if config else None
+        for (run, config), place in zip(planned, places, strict=True)
+    ]
+    try:
         for (run, _), place, training in zip(planned, places, trainings, strict=True):
             if training is not None:
                 training.result()
@@ -132,6 +133,8 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
             if run.error is not None:
                 say(f"{place}FAILED: {run.error}")
             runs.append(run)
+    finally:  # after Ctrl-C, what has not begun must not begin
+        pool.shutdown(cancel_futures=True)
     for run in _untrained(runs, what):
         _evaluate(run, what, f"{run.name}, seed {run.seed}: ", say)
         runs.append(run)
@@ -159,7 +162,7 @@ def _plan(what: Comparison) -> list[tuple[Run, Path | None]]:
             raise ComparisonError(f"{source}: {problem}")
         for seed in what.seeds:
             run = Run(source.stem, seed, what.out / source.stem / f"seed{seed}")
-            _check_request(run, what.arguments(source, seed), source)
+            _check_request(run, what.arguments(source, seed))
             planned.append((run, source))
     names = [(run.name, run.seed) for run, _ in planned]
     twice = {name for name in names if names.count(name) > 1}
@@ -187,7 +190,7 @@ def _finished(folder: Path, data: str, what: Comparison) -> Run:
 
 def _parse(arguments: list[str]) -> str | None:
     """Return what is wrong with the arguments of a pretraining run, if anything is."""
-    from nepa_plugin.cli import main
+    from nepa_plugin.cli import base_config, main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -200,16 +203,15 @@ def _parse(arguments: list[str]) -> str | None:
     return lines[-1].removeprefix("error: ")
 
 
-def base_config() -> Path | None:
-    """Return the file that is read before every config, where the package lies in a checkout."""
-    path = Path(__file__).parent.parent / "lightly_configs" / "base.yaml"
-    return path if path.is_file() else None
+def _request(run: Run, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Return where it is written what a run was asked to be, and what that is."""
+    _, config, *options = arguments
+    return run.folder.parent / f"{run.folder.name}.{REQUEST}", {"arguments": options, "config": read_config(config)}
 
 
-def _check_request(run: Run, arguments: list[str], config: Path) -> None:
+def _check_request(run: Run, arguments: list[str]) -> None:
     """Refuse to mix runs of other options into a comparison."""
-    path = run.folder.parent / f"{run.folder.name}.{REQUEST}"
-    wanted = {"arguments": arguments[2:], "config": read_config(config)}
+    path, wanted = _request(run, arguments)
     if not path.is_file():
         if run.folder.exists():
             raise ComparisonError(f"{run.folder} is not part of a comparison: choose another --out.")
@@ -229,13 +231,11 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int) -> N
         say(f"{place}trained already")
         return
     say(f"{place}training")
-    path = run.folder.parent / f"{run.folder.name}.{REQUEST}"
-    write_json(path, {"arguments": arguments[2:], "config": read_config(arguments[1])})
+    write_json(*_request(run, arguments))
     log = run.folder.parent / f"{run.folder.name}.log"
     # A process of its own: its peak memory and time are its own, and its end is not that of the comparison.
-    code = "import sys; from pathlib import Path; from nepa_plugin.cli import main; "
-    code += "main(sys.argv[2:], Path(sys.argv[1]) if sys.argv[1] else None)"
-    command = [sys.executable, "-c", code, str(base_config() or ""), *arguments]
+    # A module and not -c, so that Lightning can start it again for each further device.
+    command = [sys.executable, "-m", "nepa_plugin.cli", *arguments]
     command += ["--run_dir", str(run.folder), "--ckpt_path", "auto"]
     environment = dict(os.environ)
     if jobs > 1:

@@ -143,3 +143,11 @@ def test_the_command(finished, capsys, monkeypatch):
     markdown = (what.out / "report.md").read_text()
     assert re.search(rf"\| nepa_digits \| 1 \| {knn:.1f} \|", markdown)
     assert (what.out / "report.html").is_file() and (what.out / "results.csv").is_file()
+
+
+@pytest.mark.slow
+def test_runs_on_several_devices(tmp_path):
+    """Lightning starts the command of a run again for its second process."""
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size_per_device", "32"]
+    (run, _) = compare(comparison(tmp_path, NEPA, overrides=[*FAST, *two]), lambda line: None)
+    assert run.error is None and run.summary["devices"] == "2 x cpu" and run.summary["images_seen"] == 4 * 64

@@ -44,6 +44,7 @@ MODELS = {
     "nepa": lambda: NEPA(backbone="nepa_vit_tiny_patch14_224", **SIZES),
     "simclr": lambda: SimCLR(
         backbone="nepa_vit_tiny_patch14_224",
+        freeze_patch_projection=False,  # fine-tuning, below, trains what pretraining left trainable
         pool="mean",  # after six steps the class token, behind LayerScale, is still nearly the same for all images
         **(SIZES | {"backbone_args": {"depth": 2, "attention": "bidirectional"}}),
     ),
@@ -91,7 +92,7 @@ def test_pretraining_logs_what_the_harness_reads(pretrained):
     model, trainer, metrics, before = pretrained
     assert trainer.global_step == 6  # 60 images are three batches of 16
     assert len(metrics.train_metrics["train_loss"]) == 2
-    assert all(-1 <= loss < 10 for loss in metrics.train_metrics["train_loss"])
+    assert all(-1 <= loss < (1 if isinstance(model, NEPA) else 10) for loss in metrics.train_metrics["train_loss"])
     assert len(metrics.val_metrics["val_online_cls_top1"]) == 2
     assert all(0 <= top1 <= 1 for top1 in metrics.val_metrics["val_online_cls_top1"])
     assert "val_online_cls_top3" in metrics.val_metrics  # three classes have no top five
@@ -154,5 +155,5 @@ def test_fine_tuning_changes_the_backbone(pretrained, folders, tmp_path):
     model = copy.deepcopy(pretrained[0])
     before = backbone_weights(model)
     fit_classifier(FinetuneClassifier, model, folders, tmp_path)
-    assert "blocks.0.attn.qkv.weight" in changed(model, before)
+    assert {"patch_embed.proj.weight"} <= changed(model, before)
     assert len(changed(model, before)) > len(before) // 2
