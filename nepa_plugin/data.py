@@ -176,18 +176,12 @@ def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
         The unreadable ones, in order.
     """
     root = Path(root).resolve()
-
-    def stat(file: str) -> tuple[str, int, int]:
-        info = (root / file).stat()
-        return file, info.st_size, info.st_mtime_ns
-
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        signature = hashlib.sha256(repr(list(pool.map(stat, files))).encode()).hexdigest()
-        record = _check_record(root)
-        if record.is_file():
-            known = json.loads(record.read_text())
-            if known["signature"] == signature:
-                return list(known["bad"])
+    signature, record = files_signature(root, files), _check_record(root)
+    if record.is_file():
+        known = json.loads(record.read_text())
+        if known["signature"] == signature:
+            return list(known["bad"])
+    with _file_threads() as pool:
         flags = pool.map(lambda file: _is_bad_image(str(root / file)), files)
         bad = [file for file, is_bad in zip(files, flags, strict=True) if is_bad]
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -197,12 +191,25 @@ def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
     return bad
 
 
+def files_signature(root: str | Path, files: list[str], times: bool = True) -> str:
+    """Return a SHA-256 of files' names and sizes and, unless ``times`` is off, of when they were changed."""
+    root = Path(root)
+
+    def stat(file: str) -> tuple[str | int, ...]:
+        info = (root / file).stat()
+        return (file, info.st_size, info.st_mtime_ns) if times else (file, info.st_size)
+
+    with _file_threads() as pool:
+        return hashlib.sha256(repr(list(pool.map(stat, files))).encode()).hexdigest()
+
+
+def _file_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
+
+
 def fingerprint(images: LightlyDataset) -> str:
     """Return a hash of the names and sizes of a dataset's files: equal for copies, different for other images."""
-    root = Path(images.input_dir or ".")
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        sizes = pool.map(lambda file: (file, (root / file).stat().st_size), sorted(images.get_filenames()))
-        return hashlib.sha256(repr(list(sizes)).encode()).hexdigest()[:16]
+    return files_signature(images.input_dir or ".", sorted(images.get_filenames()), times=False)[:16]
 
 
 def _check_record(root: Path) -> Path:
@@ -361,6 +368,14 @@ class ResumableLoader(DataLoader[Any]):
         """Do nothing, see :meth:`state_dict`."""
 
 
+def loader_workers(num_workers: int | None, processes: int) -> int:
+    """Return the loader processes of each of ``processes`` here: what is given, else their share of the cores."""
+    if num_workers is not None:
+        return num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if cores <= 2 else min(16, cores // max(1, processes))
+
+
 def trained_batches(trainer: Any) -> int:
     """Return how many batches a run has been trained on, over all epochs and restarts."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
@@ -468,11 +483,7 @@ class ImageData(LightningDataModule):
         self.check_batch(self.trainer.world_size if self.trainer else 1)
 
     def _workers(self) -> int:
-        if self.num_workers is not None:
-            return self.num_workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        here = max(1, (self.trainer.num_devices if self.trainer else 1))
-        return 0 if cores <= 2 else min(16, cores // here)
+        return loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
 
     def _dataset(self, images: LightlyDataset, transform: Callable[[Image.Image], Any]) -> SeededDataset:
         return SeededDataset(images, transform, self.seed, self._indices[id(images)], self.on_bad_image)

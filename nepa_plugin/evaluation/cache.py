@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nepa_plugin.checkpoints import CheckpointError, backbone_config
-from nepa_plugin.data import cache_dir
+from nepa_plugin.data import cache_dir, files_signature
 
 FORMAT = 1  # raise it when features of the same key would differ
 
@@ -41,11 +41,7 @@ def model_description(model: nn.Module) -> str:
 def files_hash(images: LightlyDataset) -> str:
     """Return a SHA-256 of a folder's files: path, size and time of each."""
     root = Path(images.input_dir).resolve()
-    digest = hashlib.sha256(str(root).encode())
-    for file in images.get_filenames():
-        info = (root / file).stat()
-        digest.update(f"{file} {info.st_size} {info.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{root} {files_signature(root, images.get_filenames())}".encode()).hexdigest()
 
 
 class FeatureCache:

@@ -1,6 +1,5 @@
 """The labelled images of an evaluation, and loaders of them for one or several processes."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any, Literal
 import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
-from torchvision import transforms as T
 
 from nepa_plugin.data import (
     DataError,
     EpochBatchSampler,
+    NEPATransform,
     ResumableLoader,
     SeededDataset,
     eval_transform,
@@ -21,6 +20,7 @@ from nepa_plugin.data import (
     evaluation_images,
     find_bad_images,
     image_size,
+    loader_workers,
     trained_batches,
 )
 from nepa_plugin.evaluation.runtime import Runtime
@@ -69,15 +69,8 @@ class ImageFormat:
         return eval_transform(self.size, self.crop_pct, self.mean, self.std)
 
     def random_crop(self, scale: Sequence[float], hflip: float) -> Callable[..., Any]:
-        """Return the linear probe's augmentation: random resized crop and flip, as torchvision's ImageNet recipe."""
-        return T.Compose(
-            [
-                T.RandomResizedCrop(self.size, scale=tuple(scale)),
-                T.RandomHorizontalFlip(hflip),
-                T.ToTensor(),
-                T.Normalize(self.mean, self.std),
-            ]
-        )
+        """Return the linear probe's augmentation, which is NEPA's too: random resized crop and flip."""
+        return NEPATransform(self.size, tuple(scale), hflip, self.mean, self.std).transform  # type: ignore[arg-type]
 
 
 def open_images(source: str | Path, world_size: int = 1) -> Images:
@@ -107,13 +100,6 @@ def open_images(source: str | Path, world_size: int = 1) -> Images:
     return Images(str(source), train, val, list(train.dataset.classes))
 
 
-def _workers(runtime: Runtime, num_workers: int | None) -> int:
-    if num_workers is not None:
-        return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cores <= 2 else min(16, cores // runtime.world_size)
-
-
 def ordered_loader(
     images: LightlyDataset,
     transform: Callable[..., Any],
@@ -126,7 +112,7 @@ def ordered_loader(
     return DataLoader(
         SeededDataset(images, transform, 0, indices),
         batch_size=batch_size,
-        num_workers=_workers(runtime, num_workers),
+        num_workers=loader_workers(num_workers, runtime.world_size),
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -163,7 +149,7 @@ def shuffled_loader(
         runtime.world_size,
         lambda length: divmod(trained_batches(trainer), max(1, length)),
     )
-    workers = _workers(runtime, num_workers)
+    workers = loader_workers(num_workers, runtime.world_size)
     return ResumableLoader(
         dataset,
         batch_sampler=sampler,

@@ -109,10 +109,12 @@ class AIM(Method):
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the prediction loss of the one view (B, C, H, W), and its features (B, D)."""
         images = views[0]
-        predicted = self.draw_predicted(len(images), images.device)
-        tokens = self.tokens(images, predicted)
-        before = tokens[:, self.backbone.num_prefix_tokens : -1]
-        loss = F.mse_loss(self.head(before[predicted]), self.targets(images)[:, 1:][predicted])
+        predicted = self.draw_predicted(len(images), "cpu")
+        # chosen on the CPU: on the device, a boolean index waits for all work before it
+        chosen = predicted.flatten().nonzero().squeeze(1).to(images.device)
+        tokens = self.tokens(images, predicted.to(images.device))
+        before = tokens[:, self.backbone.num_prefix_tokens : -1].flatten(0, 1)[chosen]
+        loss = F.mse_loss(self.head(before), self.targets(images)[:, 1:].flatten(0, 1)[chosen])
         return loss, self.pooled(tokens)
 
     def draw_predicted(self, batch_size: int, device: torch.device | str) -> Tensor:
