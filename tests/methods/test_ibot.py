@@ -43,7 +43,7 @@ def disturb(model):
             for parameter in teacher.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model.mask_token.normal_()
-        model.class_criterion.center.normal_(std=0.1)
+        model.criterion.center.normal_(std=0.1)
         model.patch_criterion.center.center.normal_(std=0.1)
 
 
@@ -68,7 +68,7 @@ def test_the_loss_written_out(views, shared_head, num_views):
     model = ibot(shared_head=shared_head)
     disturb(model)
     model.train()
-    centers = model.class_criterion.center.clone()[0, 0], model.patch_criterion.center.value.clone()[0]
+    centers = model.criterion.center.clone()[0, 0], model.patch_criterion.center.value.clone()[0]
     torch.manual_seed(0)
     mask = model.draw_masks(8).flatten(1)
     patch_head = model.head if shared_head else model.patch_head
@@ -95,7 +95,7 @@ def test_the_loss_written_out(views, shared_head, num_views):
 def test_the_mean_of_the_patches_can_stand_for_the_image(views):
     model = ibot(pool="mean", backbone_args=SIZE | {"class_token": False, "global_pool": "avg"})
     compared = []
-    model.class_criterion.register_forward_hook(lambda module, args, output: compared.append(args))
+    model.criterion.register_forward_hook(lambda module, args, output: compared.append(args))
     features = step(model, views)[1]
     with torch.no_grad():
         teacher = [model.teacher_backbone.forward_features(view).mean(dim=1) for view in views[:2]]
