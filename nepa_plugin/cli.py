@@ -32,7 +32,7 @@ from nepa_plugin.checkpoints import (
 from nepa_plugin.configs import read_config
 from nepa_plugin.curves import plot_training
 from nepa_plugin.data import DataError, ImageData, fingerprint
-from nepa_plugin.devices import resolve_devices
+from nepa_plugin.devices import check_compiler, resolve_devices
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.provenance import provenance, write_json
@@ -129,6 +129,12 @@ class PretrainCLI(LightningCLI):
         parser.add_argument(
             "--checkpoint_every_n_steps", type=int, default=1000, help="Optimizer steps between checkpoints."
         )
+        parser.add_argument(
+            "--compile",
+            type=bool,
+            default=False,
+            help="Compile the transformer blocks and the loss with torch.compile.",
+        )
         parser.link_arguments("data.batch_size_per_device", "model.init_args.batch_size_per_device")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
@@ -224,6 +230,9 @@ class PretrainCLI(LightningCLI):
                 self._check_checkpoint(self.resume_from)
         if _is_rank_zero() or dist.is_initialized():  # the gathers of a step need the whole group
             self.cost = training_cost(self.model)
+        if self.config.compile:
+            check_compiler("cuda" if self.devices.accelerator == "cuda" else "cpu")
+            self.model.compile_step()
 
     def _check_checkpoint(self, path: Path) -> None:
         check_fit(self.model.backbone, read_checkpoint(path)[-1], str(path))

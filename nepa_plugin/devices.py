@@ -60,3 +60,24 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
             "it out."
         )
     return Devices(accelerator, devices, wanted)
+
+
+def check_compiler(device: str) -> None:
+    """Compile and run one addition, so that a missing compiler is an error before training.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        DeviceError: If ``torch.compile`` does not work here.
+    """
+    one = torch.ones(8, device=device)
+    try:
+        torch.compile(lambda x: x + 1)(one)
+    except Exception as error:  # dynamo wraps whatever the compiler raises
+        needs = "a C++ compiler (g++)" if device == "cpu" else "Triton and a C compiler (gcc)"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DeviceError(
+            f"torch.compile does not work on this machine: {reason} It needs {needs} on {device}; install that, or "
+            "leave out --compile."
+        ) from error

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, RotaryEmbeddingDinoV3, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._input import update_model_args
 from timm.models._manipulate import checkpoint
@@ -24,6 +24,19 @@ NEPA_MEAN = NEPA_STD = (0.5, 0.5, 0.5)
 
 def _norm_layer(dim: int, **kwargs: Any) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-12, **kwargs)
+
+
+class ResidentRope(RotaryEmbeddingDinoV3):
+    """timm's axial RoPE, with the table of a training step made on the device.
+
+    timm builds the patch coordinates on the CPU in every step and copies them over, and that copy makes the host wait
+    until the GPU has finished the work queued before it.
+    """
+
+    def _create_embed(self, feat_shape: list[int], no_aug: bool = False) -> Tensor:
+        """Return the sine and cosine table (H * W, 2 * head_dim) of a grid of (H, W) patches."""
+        with self.periods.device:
+            return super()._create_embed(feat_shape, no_aug)
 
 
 class NepaViT(Eva):
@@ -125,6 +138,7 @@ class NepaViT(Eva):
         )
         self.dynamic_img_resize = dynamic_img_resize
         self.attention: str = attention
+        self.rope.__class__ = ResidentRope  # Eva builds its RoPE by a name, and there is none for a class of ours
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         for block in self.blocks:
             # Eva's QK-norm has weight and bias; the published one has neither, or (fine-tuned) a weight only.

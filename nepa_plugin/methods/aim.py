@@ -84,6 +84,10 @@ class AIM(Method):
         )
         vit = self.backbone
         check_maskable(vit, "AIM")
+        if vit.grad_checkpointing:
+            raise ValueError(
+                "AIM has no grad_checkpointing: timm's ViT ignores it under an attention mask. Turn it off."
+            )
         if vit.patch_embed.num_patches < 2:
             raise ValueError("AIM predicts the next patch, but the image is a single one: lower patch_size.")
         fix_position_embedding(vit, initialize=init_from is None)

@@ -54,6 +54,8 @@ class Method(LightningModule):
         warmup_steps: Linear warm-up in steps; overrides the fraction.
         clip_grad_norm: Largest norm of the gradient (without the probe's); 0 turns clipping off.
         ema_decay: Decay of the moving average of the weights, which is validated and exported; 0 turns it off.
+        grad_checkpointing: Recompute each block's activations in the backward pass instead of keeping them: a third
+            more arithmetic, a fraction of the memory.
 
     Raises:
         ValueError: If the sizes do not fit, or the backbone's name is unknown.
@@ -83,6 +85,7 @@ class Method(LightningModule):
         warmup_steps: int | None = None,
         clip_grad_norm: float = 1.0,
         ema_decay: float = 0.9999,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= ema_decay < 1:
@@ -111,6 +114,8 @@ class Method(LightningModule):
                 f"backbone={backbone!r} cannot be built with {args | (backbone_args or {})}: {error}. Give a timm "
                 "Vision Transformer, and only arguments that it has."
             ) from error
+        if grad_checkpointing:
+            self.backbone.set_grad_checkpointing()
         #: Normalisation of the images: the backbone's own, which evaluation uses too.
         images: Any = self.backbone.pretrained_cfg
         self.mean, self.std = tuple(images["mean"]), tuple(images["std"])
@@ -134,6 +139,31 @@ class Method(LightningModule):
     def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
         """Return the augmentation: from a PIL image to a list of views (C, H, W)."""
         raise NotImplementedError
+
+    def compile_step(self, backend: str = "inductor") -> None:
+        """Compile the training step with ``torch.compile``: every transformer block, and the loss, each in place.
+
+        Blocks rather than the step as a whole: equal blocks share one compiled graph, so that compiling takes as long
+        for 32 of them as for one; the gradients of a block are ready, and sent to the other devices, while the blocks
+        before it are still in their backward pass; FSDP can shard between them; and what is random or only done when
+        logging stays outside. State dicts, checkpoints and copies are those of the uncompiled method. Validation is
+        not compiled.
+
+        Args:
+            backend: Backend of ``torch.compile``.
+        """
+        blocks = [
+            block
+            for name, modules in self.named_modules()
+            if name.endswith("blocks") and isinstance(modules, nn.ModuleList | nn.Sequential)
+            for block in modules
+        ]
+        for module in [*blocks, *(m for name, m in self.named_children() if name == "criterion")]:
+            module.compile(backend=backend)
+        # Blocks with stochastic depth differ by its rate, which is a constant in their graphs; each may have a training
+        # graph and be asked for one more shape.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
 
     # -- features ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +217,8 @@ class Method(LightningModule):
         if self.online_classifier is None:
             return None
         images, targets = batch[0], batch[1]
-        features = self.forward(images).flatten(start_dim=1)
+        with torch.compiler.set_stance("force_eager"):  # the last batch is smaller: not worth graphs of its own
+            features = self.forward(images).flatten(start_dim=1)
         loss, logs = self.online_classifier.validation_step((features, targets), batch_idx)
         self.log_dict(logs, prog_bar=True, sync_dist=True, batch_size=len(targets))
         return loss
@@ -228,12 +259,22 @@ class Method(LightningModule):
         if self.online_classifier is not None:
             probe = list(self.online_classifier.parameters())
             groups["probe"] = {"name": "online_classifier", "params": probe, "weight_decay": 0.0}
-        optimizer = AdamW([g for g in groups.values() if g["params"]], lr=lr, betas=(self.betas[0], self.betas[1]))
+        optimizer = AdamW(
+            [g for g in groups.values() if g["params"]],
+            lr=lr,
+            betas=(self.betas[0], self.betas[1]),
+            fused=self._fused_optimizer or None,
+        )
         warmup = self._clamped_warmup(steps)
         self._announce(lr, steps, warmup)
         end = self.min_lr / lr if lr else 0.0
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=end)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @property
+    def _fused_optimizer(self) -> bool:
+        # With float16's loss scaling, a fused optimizer would unscale the gradients itself, after they were clipped.
+        return self.device.type == "cuda" and self.trainer.precision != "16-mixed"
 
     def _clamped_warmup(self, steps: int) -> int:
         warmup = round(self.warmup_fraction * steps) if self.warmup_steps is None else self.warmup_steps

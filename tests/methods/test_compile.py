@@ -1,0 +1,330 @@
+"""The cost of a step that must not come back: recompilations, T x T buffers, waits for the device."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import WeightAveraging
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nepa_plugin import methods
+from nepa_plugin.cli import main
+from nepa_plugin.configs import read_config
+from nepa_plugin.curves import read_metrics
+from nepa_plugin.digits import digit_images
+from nepa_plugin.loss import NextEmbeddingLoss
+from nepa_plugin.methods import NEPA
+
+CONFIGS = Path(__file__).parents[2] / "lightly_configs"
+NAMES = ["nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae", "ijepa", "aim", "ibot"]
+SIZE = {"embed_dim": 64, "depth": 3, "num_heads": 2}
+
+
+def build(name, **kwargs):
+    """A method as its digits config has it."""
+    model = read_config(CONFIGS / f"{name}_digits.yaml")["model"]
+    cls = getattr(methods, model["class_path"].rsplit(".", 1)[1])
+    torch.manual_seed(0)
+    return cls(**(model["init_args"] | {"batch_size_per_device": 4, "num_classes": 10} | kwargs))
+
+
+def views_of(method, images=4):
+    transform = method.train_transform()
+    samples = [transform(Image.fromarray(image)) for image in map(np_image, range(images))]
+    return [torch.stack(view) for view in zip(*samples, strict=True)]
+
+
+def np_image(index):
+    return np.asarray(digit_images(32)[0][index].convert("RGB"))
+
+
+def nepa(**kwargs):
+    torch.manual_seed(0)
+    args = {"backbone": "nepa_vit_tiny_patch14_224", "img_size": 32, "patch_size": 4, "backbone_args": SIZE}
+    return NEPA(**(args | {"batch_size_per_device": 4, "num_classes": 10} | kwargs))
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Counters and caches of torch.compile as in a new process."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit
+
+
+def step(method, views, seed):
+    torch.manual_seed(seed)
+    method.zero_grad()
+    loss, _ = method.step(views)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+
+
+# -- torch.compile -----------------------------------------------------------------------------------------------------
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.2])
+def test_nepa_compiles_once(drop_path_rate):
+    """Neither depth nor RoPE's random rescaling, a new batch or accumulated gradients cost another compilation."""
+    method = nepa(drop_path_rate=drop_path_rate)
+    method.compile_step("eager")
+    views = views_of(method)
+    step(method, views, 0)
+    # one graph for all equal blocks, or one for every rate of stochastic depth; and the loss
+    assert graphs() == (1 if drop_path_rate == 0 else SIZE["depth"]) + 1
+    assert not counters["graph_break"]
+    before = graphs()
+    for seed in range(1, 6):
+        step(method, [view.flip(0) + seed for view in views], seed)
+    assert graphs() == before and not counters["recompile_limit"]
+
+
+def test_more_rates_of_stochastic_depth_than_dynamo_would_keep():
+    method = nepa(drop_path_rate=0.2, backbone_args=SIZE | {"depth": 12})
+    method.compile_step("eager")
+    views = views_of(method)
+    for seed in range(2):
+        step(method, views, seed)
+    assert graphs() == 13  # dynamo gives up after 8 by default, and the other blocks would run uncompiled
+
+
+def test_compiled_is_the_same_step():
+    eager = nepa()
+    compiled = copy.deepcopy(eager)
+    compiled.compile_step("aot_eager")
+    views = views_of(eager)
+    expected, actual = step(eager, views, 3), step(compiled, views, 3)
+    assert graphs() == 2  # it was compiled
+    assert actual[0] == pytest.approx(expected[0], abs=1e-6)
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(actual[1][name], grad, rtol=1e-4, atol=1e-7)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+
+
+def test_a_copy_is_not_compiled():
+    """The moving average and the count of operations take copies of the method."""
+    method = nepa()
+    method.compile_step("eager")
+    step(copy.deepcopy(method), views_of(method), 0)
+    assert graphs() == 0
+
+
+def test_validation_is_not_compiled():
+    method = nepa()
+    method.compile_step("eager")
+    step(method, views_of(method), 0)
+    before = graphs()
+    method.log_dict = lambda *args, **kwargs: None
+    for size in (4, 3):
+        method.eval().validation_step((torch.rand(size, 3, 32, 32), torch.zeros(size, dtype=torch.long), []), 0)
+    assert graphs() == before
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_every_method_compiles(name):
+    method = build(name)
+    method.compile_step("eager")
+    views = views_of(method)
+    losses = [step(method, views, seed)[0] for seed in range(3)]
+    assert graphs() > 0 and all(map(torch.isfinite, map(torch.tensor, losses)))
+    before = graphs()
+    for seed in range(3, 6):
+        step(method, views, seed)
+    assert graphs() == before and not counters["recompile_limit"]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_the_option_trains_and_resumes(tmp_path, monkeypatch):
+    """A real compiler, Lightning, the moving average, validation; a resumed run equals one that was never stopped."""
+
+    def run(folder, *more):
+        size = [f"--model.init_args.backbone_args.{key}={value}" for key, value in SIZE.items()]
+        quiet = ["--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", "1"]
+        options = ["--compile", "true", *size, *quiet, "--trainer.max_epochs", "2", "--run_dir", str(folder), *more]
+        main(["--config", str(CONFIGS / "nepa_demo.yaml"), *options], CONFIGS / "base.yaml")
+
+    run(tmp_path / "unbroken")
+    # the check of the compiler, the blocks and the loss; epochs, validation and the moving average add none
+    assert graphs() == 3
+
+    def stop_at_15(self, batch, batch_idx):
+        if self.trainer.global_step == 15:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NEPA, "on_train_batch_start", stop_at_15)
+        with pytest.raises(Stop):
+            run(tmp_path / "resumed", "--checkpoint_every_n_steps", "13")
+    run(tmp_path / "resumed", "--ckpt_path", "last")
+    curves = [read_metrics(tmp_path / name / "metrics.csv")["train_loss"] for name in ("unbroken", "resumed")]
+    assert curves[0] == curves[1] and len(curves[0]) == 20
+    weights = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("unbroken", "resumed")
+    ]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_a_machine_without_a_compiler(tmp_path, monkeypatch, capsys):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no g++ found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    options = ["--compile", "true", "--run_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main(["--config", str(CONFIGS / "nepa_demo.yaml"), *options], CONFIGS / "base.yaml")
+    error = capsys.readouterr().err
+    assert "no g++ found" in error and "leave out --compile" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# -- memory and kernels ------------------------------------------------------------------------------------------------
+
+
+class Record(TorchDispatchMode):
+    """Keeps the names of all operators and the shapes of all tensors that they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.names = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        self.shapes |= {tuple(t.shape) for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)}
+        return outputs
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_is_fused(attention, precision):
+    """No T x T buffer exists in forward or backward pass, and no mask is built."""
+    # no width of the network may be a number of tokens
+    method = nepa(attention=attention, backbone_args=SIZE | {"embed_dim": 96})
+    views = views_of(method)
+    tokens = 1 + (32 // 4) ** 2
+    with Record() as record:
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = method.step(views)[0]
+        loss.backward()
+    square = [shape for shape in record.shapes if sum(n in (tokens, tokens - 1) for n in shape) > 1]
+    assert square == []
+    fused = {name for name in record.names if "attention" in name}
+    assert {name.split(".")[1] for name in fused} == {
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    }
+    assert not any("softmax" in name for name in record.names)
+
+
+def test_the_record_finds_a_square_buffer():
+    method = nepa()
+    for block in method.backbone.blocks:
+        block.attn.fused_attn = False
+    with Record() as record:
+        method.step(views_of(method))
+    assert any(shape[-2:] == (65, 65) for shape in record.shapes)
+
+
+def test_the_loss_keeps_nothing_as_large_as_its_inputs():
+    """Normalising both sides would save two more (B, T, D) tensors for the backward pass."""
+    embeddings, predictions = torch.rand(2, 9, 16), torch.rand(2, 9, 16, requires_grad=True)
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        NextEmbeddingLoss()(embeddings, predictions)
+    inputs = {t.untyped_storage().data_ptr() for t in (embeddings, predictions)}
+    assert sum(size for pointer, size in saved.items() if pointer not in inputs) < embeddings.nbytes
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "aim"])
+def test_gradient_checkpointing(name):
+    """The same gradients, from blocks that run a second time in the backward pass."""
+    calls = []
+    results = []
+    for grad_checkpointing in (False, True):
+        method = build(name, grad_checkpointing=grad_checkpointing)
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        for block in method.backbone.blocks:
+            block.register_forward_pre_hook(count)
+        results.append(step(method.train(), views_of(method), 5))
+    assert calls[1] == 2 * calls[0]
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    for key, grad in results[0][1].items():
+        torch.testing.assert_close(results[1][1][key], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_aim_cannot_checkpoint():
+    """timm's ViT does not under an attention mask, and would say nothing."""
+    with pytest.raises(ValueError, match="grad_checkpointing"):
+        build("aim", grad_checkpointing=True)
+
+
+# -- CUDA --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_host_never_waits(name):
+    """Forward and backward pass, clipping, optimizer and moving average are queued without a synchronisation."""
+    method = build(name).cuda()
+    method._trainer = SimpleNamespace(
+        world_size=1,
+        accumulate_grad_batches=1,
+        estimated_stepping_batches=100,
+        global_step=0,
+        log_every_n_steps=50,
+        current_epoch=0,
+        precision="bf16-mixed",
+    )
+    method.log = method.log_dict = lambda *args, **kwargs: None
+    (optimizer,), _ = method.configure_optimizers()
+    averaging = [c for c in method.configure_callbacks() if isinstance(c, WeightAveraging)]
+    for callback in averaging:
+        callback.setup(method._trainer, method, "fit")
+    batch = ([view.cuda() for view in views_of(method)], torch.zeros(4, dtype=torch.long, device="cuda"), [])
+
+    def train():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = method.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        method.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        method._trainer.global_step += 1
+        for callback in averaging:
+            callback.on_train_batch_end(method._trainer, method, None, batch, 0)
+
+    train()
+    train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
