@@ -25,19 +25,19 @@ GPUS = (8, 64, 512)
 GLOBAL_BATCH = 4096
 
 
-def step_seconds(model: str, parameters: int, images: float, gpus: int, bandwidths: tuple[float, float]) -> float:
-    """Return the seconds of a step with ``images`` per GPU."""
+def step_seconds(
+    model: str, parameters: int, images: float, accumulated: int, gpus: int, bandwidths: tuple[float, float]
+) -> float:
+    """Return the seconds of an optimizer step with ``accumulated`` passes of ``images`` per GPU."""
     embed_dim, depth, _ = MODEL_SIZES[model]
     flops = images * vit_training_flops(embed_dim, depth, 256, 3 * 14**2)
-    compute = max(flops / (UTILISATION * PEAK), HOST_SECONDS[model])
+    single = max(flops / (UTILISATION * PEAK), HOST_SECONDS[model])
     if gpus == 1:
-        return compute
-    bandwidth = bandwidths[0] if gpus <= 8 else bandwidths[1]
-    sent = 2 * (gpus - 1) / gpus / bandwidth
-    latency = LATENCY * gpus.bit_length()
+        return accumulated * single
+    sent = 2 * (gpus - 1) / gpus / (bandwidths[0] if gpus <= 8 else bandwidths[1])
     gradients = 4 * parameters
-    hidden = compute * 2 / 3
-    return compute + max(0.0, gradients * sent - hidden) + min(BUCKET, gradients) * sent + latency
+    exposed = max(0.0, gradients * sent - single * 2 / 3) + min(BUCKET, gradients) * sent
+    return accumulated * single + exposed + LATENCY * gpus.bit_length()
 
 
 def main() -> None:
@@ -47,14 +47,13 @@ def main() -> None:
             table.add_column(column, justify="left" if column == "model" else "right")
         for model in HOST_SECONDS:
             parameters = sum(p.numel() for p in Case(model=model).method().backbone.parameters())
-            weak = 512 if model == "base" else 256
+            most = 512 if model == "base" else 256
             for gpus in GPUS:
                 cells = []
-                for images in (GLOBAL_BATCH / gpus, weak):
-                    if images * gpus == GLOBAL_BATCH and gpus == 8 and images > weak:
-                        images = weak  # two accumulated batches: the same work and one all-reduce
-                    seconds = step_seconds(model, parameters, images, gpus, bandwidths)
-                    alone = images * step_seconds(model, parameters, weak, 1, bandwidths) / weak
+                for per_gpu in (GLOBAL_BATCH // gpus, most):
+                    images = min(per_gpu, most)
+                    seconds = step_seconds(model, parameters, images, per_gpu // images, gpus, bandwidths)
+                    alone = step_seconds(model, parameters, most, 1, 1, bandwidths) * per_gpu / most
                     cells.append(f"{seconds * 1e3:.1f} ms, {100 * alone / seconds:.0f} %")
                 table.add_row(f"{model} ({parameters / 1e6:.0f} M)" if gpus == GPUS[0] else "", str(gpus), *cells)
         Console(width=120).print(table)
