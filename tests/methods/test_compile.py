@@ -1,6 +1,9 @@
 """The cost of a step that must not come back: recompilations, T x T buffers, waits for the device."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,13 +156,16 @@ class Stop(Exception):
 
 @pytest.mark.slow
 def test_the_option_trains_and_resumes(tmp_path, monkeypatch):
-    """A real compiler, Lightning, the moving average, validation; a resumed run equals one that was never stopped."""
+    """A real compiler, validation, moving average; a resumed run and one in two processes equal an unbroken one."""
 
-    def run(folder, *more):
+    def arguments(folder, *more):
         size = [f"--model.init_args.backbone_args.{key}={value}" for key, value in SIZE.items()]
         quiet = ["--trainer.enable_model_summary", "false", "--trainer.log_every_n_steps", "1"]
         options = ["--compile", "true", *size, *quiet, "--trainer.max_epochs", "2", "--run_dir", str(folder), *more]
-        main(["--config", str(CONFIGS / "nepa_demo.yaml"), *options], CONFIGS / "base.yaml")
+        return ["--config", str(CONFIGS / "nepa_demo.yaml"), *options]
+
+    def run(folder, *more):
+        main(arguments(folder, *more), CONFIGS / "base.yaml")
 
     run(tmp_path / "unbroken")
     # the check of the compiler, the blocks and the loss; epochs, validation and the moving average add none
@@ -181,6 +187,19 @@ def test_the_option_trains_and_resumes(tmp_path, monkeypatch):
         for name in ("unbroken", "resumed")
     ]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+    several = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--data.batch_size_per_device", "64"]
+    result = subprocess.run(
+        [sys.executable, str(CONFIGS.parent / "tools" / "pretrain.py"), *arguments(tmp_path / "several", *several)],
+        env=dict(os.environ, PYTHONPATH=str(CONFIGS.parent)),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = read_metrics(tmp_path / "several" / "metrics.csv")["train_loss"]
+    assert [step for step, _ in losses] == list(range(20))
+    assert max(abs(a - b) for (_, a), (_, b) in zip(losses, curves[0], strict=True)) < 1e-5
 
 
 def test_a_machine_without_a_compiler(tmp_path, monkeypatch, capsys):
@@ -290,10 +309,9 @@ def test_aim_cannot_checkpoint():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", NAMES)
-def test_the_host_never_waits(name):
+def test_the_host_never_waits():
     """Forward and backward pass, clipping, optimizer and moving average are queued without a synchronisation."""
-    method = build(name).cuda()
+    method = nepa().cuda()
     method._trainer = SimpleNamespace(
         world_size=1,
         accumulate_grad_batches=1,
