@@ -15,7 +15,7 @@ import sys
 from rich.console import Console
 
 from nepa_plugin.provenance import write_json
-from nepa_plugin.speed import Options, benchmark, cases, table
+from nepa_plugin.speed import Options, benchmark, cases, kernel_table, profile_step, table
 from nepa_plugin.speed.cases import NAMES, PLAIN
 
 
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed in each round")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="instead: where the first case's time goes, by kernel")
     parser.add_argument("--out", default=None, help="JSON file")
     given = parser.parse_args()
     try:
@@ -56,7 +57,14 @@ def main() -> None:
             pipeline=given.pipeline,
         )
         names = ("steps", "warmup", "rounds", "accelerator", "devices", "data", "num_workers")
-        results = benchmark(chosen, Options(**{name: getattr(given, name) for name in names}), _report)
+        options = Options(**{name: getattr(given, name) for name in names})
+        if given.profile:
+            kernels = profile_step(chosen[0], options)
+            if given.out:
+                write_json(given.out, {"command": " ".join(sys.argv), "kernels": [vars(k) for k in kernels]})
+            Console(width=140).print(kernel_table(kernels, chosen[0].label))
+            return
+        results = benchmark(chosen, options, _report)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if given.out:

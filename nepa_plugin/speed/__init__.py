@@ -2,6 +2,7 @@
 
 from nepa_plugin.speed.cases import PLAIN, Case, cases
 from nepa_plugin.speed.flops import matrix_peak, vit_training_flops
+from nepa_plugin.speed.kernels import kernel_table, profile_step
 from nepa_plugin.speed.memory import largest_batch, step_memory
 from nepa_plugin.speed.run import Options, benchmark, table
 
@@ -11,8 +12,10 @@ __all__ = [
     "Options",
     "benchmark",
     "cases",
+    "kernel_table",
     "largest_batch",
     "matrix_peak",
+    "profile_step",
     "step_memory",
     "table",
     "vit_training_flops",

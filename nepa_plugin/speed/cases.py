@@ -74,6 +74,17 @@ class Case:
         """Tokens of a full view, class token included."""
         return 1 + (self.img_size // self.patch_size) ** 2
 
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        parts = [self.contender, self.model, f"{self.img_size}px", f"batch {self.batch_size}", self.precision]
+        parts += [self.attention] if self.contender == "nepa" else []
+        parts += [f"depth {self.depth}"] if self.depth else []
+        parts += [self.pipeline] if self.pipeline != "pil" else []
+        parts += ["compiled"] if self.compiled else []
+        parts += ["checkpointed"] if self.grad_checkpointing else []
+        return ", ".join(parts)
+
     def method(self) -> Method:
         """Build the method, with its own recipe and the size of this case."""
         extra: dict[str, Any] = {"depth": self.depth} if self.depth else {}

@@ -242,9 +242,7 @@ def benchmark(
         turns[case].append(steps)
         memory[case] = max((m for m in (memory.get(case), peak_memory) if m is not None), default=None)
         seconds = statistics.median(step["step"] for step in steps)
-        report(
-            f"round {turn + 1}/{options.rounds}  {_label(case)}: {case.batch_size / seconds:.4g} images/s per device"
-        )
+        report(f"round {turn + 1}/{options.rounds}  {case.label}: {case.batch_size / seconds:.4g} images/s per device")
     results = []
     for case in chosen:
         rounds = [case.batch_size * devices.count / statistics.median(s["step"] for s in turn) for turn in turns[case]]
@@ -280,15 +278,6 @@ def flops_per_image(case: Case) -> float:
     return training_cost(case.method(), batch_size=2).gflops * 1e9
 
 
-def _label(case: Case) -> str:
-    parts = [case.contender, case.model, f"{case.img_size}px", f"batch {case.batch_size}", case.precision]
-    parts += [case.attention] if case.contender == "nepa" else []
-    parts += [f"depth {case.depth}"] if case.depth else []
-    parts += ["compiled"] if case.compiled else []
-    parts += ["checkpointed"] if case.grad_checkpointing else []
-    return ", ".join(parts)
-
-
 def table(results: dict[str, Any]) -> Table:
     """Return the results of :func:`benchmark` for the terminal.
 
@@ -312,7 +301,7 @@ def table(results: dict[str, Any]) -> Table:
     for row in results["results"]:
         rate, seconds, peak = row["images_per_second"], row["seconds"], row["peak_memory_bytes"]
         grid.add_row(
-            _label(Case(**{name: row[name] for name in fields})),
+            Case(**{name: row[name] for name in fields}).label,
             f"{rate['median']:.4g} ({rate['smallest']:.4g}-{rate['largest']:.4g})",
             f"{rate['median'] / first:.2f}",
             f"{seconds['step'] * 1e3:.4g}",

@@ -91,3 +91,14 @@ def test_two_rounds_of_one_case():
     result = benchmark([Case(model="tiny", img_size=28, batch_size=2, depth=1)], Options(2, 1, 2, "cpu"))
     (row,) = result["results"]
     assert row["tokens"] == 5 and result["devices"] == 1 and result["options"]["rounds"] == 2
+
+
+def test_profile(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "kernels.json"
+    run(monkeypatch, "--profile", "--out", out)
+    kernels = json.loads(out.read_text())["kernels"]
+    assert sum(kernel["share"] for kernel in kernels) == pytest.approx(1)
+    calls = {kernel["name"]: kernel["calls"] for kernel in kernels}
+    assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2  # one for each block
+    assert "aten::_softmax" not in calls and "aten::bmm" not in calls
+    assert "calls per step" in capsys.readouterr().out
