@@ -12,6 +12,7 @@ loop: no Lightning, no moving average, no probe.
 import argparse
 import sys
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from nepa_plugin.provenance import write_json
@@ -65,6 +66,8 @@ def main() -> None:
             Console(width=140).print(kernel_table(kernels, chosen[0].label))
             return
         results = benchmark(chosen, options, _report)
+        if rank_zero_only.rank:
+            return
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     if given.out:
@@ -72,6 +75,7 @@ def main() -> None:
     Console(width=200 if not sys.stdout.isatty() else None).print(table(results))
 
 
+@rank_zero_only
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

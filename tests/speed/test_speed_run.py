@@ -1,7 +1,9 @@
 """The benchmark as a user runs it."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,3 +104,22 @@ def test_profile(tmp_path, monkeypatch, capsys):
     assert calls["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2  # one for each block
     assert "aten::_softmax" not in calls and "aten::bmm" not in calls
     assert "calls per step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_devices(tmp_path):
+    """Both processes take part; one of them reports."""
+    out = tmp_path / "speed.json"
+    result = subprocess.run(
+        [sys.executable, str(TOOL), *TINY, *FAST, "--devices", "2", "--out", str(out)],
+        env=dict(os.environ, PYTHONPATH=str(TOOL.parents[1])),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("round 1/2") == 1 and result.stdout.count("matrix peak") == 1
+    results = json.loads(out.read_text())
+    (row,) = results["results"]
+    assert results["devices"] == 2
+    assert row["images_per_second"]["median"] == pytest.approx(2 * 2 / row["seconds"]["step"], rel=1)
