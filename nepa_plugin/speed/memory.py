@@ -18,7 +18,8 @@ class StepMemory:
 
     Attributes:
         state_bytes: Independent of the batch: weights, gradients, AdamW's two moments, moving average, all float32.
-        bytes_per_image: Tensors that the forward pass saves for the backward pass, and the images themselves.
+        bytes_per_image: Tensors that the forward pass saves for the backward pass, and the images themselves. With
+            gradient checkpointing: the blocks' inputs, and one block's tensors.
     """
 
     state_bytes: int
@@ -46,12 +47,23 @@ def step_memory(method: Method, dtype: torch.dtype = torch.bfloat16, images: int
     Returns:
         The memory.
     """
-    one, two = (_saved_bytes(method, n, dtype) for n in (images, 2 * images))
+    saved = _growth(method, images, dtype)
+    if method.backbone.grad_checkpointing:  # the backward pass holds one block at a time in full
+        method.backbone.set_grad_checkpointing(False)
+        try:
+            saved += (_growth(method, images, dtype) - saved) // len(method.backbone.blocks)
+        finally:
+            method.backbone.set_grad_checkpointing()
     trainable = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     weights = sum(p.nbytes for p in method.parameters())
     # weights and their average; gradient and two moments of what is trained
     state = weights * (2 if method.ema_decay else 1) + 3 * trainable
-    return StepMemory(state, (two - one) // images)
+    return StepMemory(state, saved)
+
+
+def _growth(method: Method, images: int, dtype: torch.dtype) -> int:
+    few, many = (_saved_bytes(method, n, dtype) for n in (images, 2 * images))
+    return (many - few) // images
 
 
 def _saved_bytes(method: Method, images: int, dtype: torch.dtype) -> int:
