@@ -70,11 +70,11 @@ def _saved_bytes(method: Method, images: int, dtype: torch.dtype) -> int:
     weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
     kept: dict[int, Any] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage  # held, so that no later tensor gets the same address
-        return tensor
+        # Nothing is kept in the graph: no backward pass follows, and an output that its own node refers to never dies.
 
     training, buffers = method.training, {name: value.clone() for name, value in method.named_buffers()}
     norms = [
@@ -90,7 +90,7 @@ def _saved_bytes(method: Method, images: int, dtype: torch.dtype) -> int:
             keep(view)
         with (
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing),
         ):
             method.step(views)
     for hook in norms:

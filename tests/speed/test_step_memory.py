@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -42,6 +44,18 @@ def test_leaves_the_method_alone():
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
     assert not any(module._forward_pre_hooks for module in method.modules())
+
+
+def test_frees_what_it_counted():
+    def held():
+        gc.collect()
+        return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
+
+    method = Case(model="tiny", img_size=56, depth=2).method()
+    step_memory(method, images=1)
+    before = held()
+    assert step_memory(method, images=4).bytes_per_image > 0
+    assert held() == before
 
 
 def test_largest_batch():
