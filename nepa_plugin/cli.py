@@ -17,6 +17,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 
@@ -36,6 +37,7 @@ from nepa_plugin.devices import resolve_devices
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.provenance import provenance, write_json
+from nepa_plugin.sharding import ShardedStrategy, check_shardable
 
 
 class UsageError(ValueError):
@@ -193,7 +195,10 @@ class PretrainCLI(LightningCLI):
             "default_root_dir": str(self.run_dir),
             "sync_batchnorm": given.sync_batchnorm or self.devices.accelerator == "cuda",  # there is none for the CPU
             "use_distributed_sampler": False,  # the data module's sampler is one already, and can resume
+            "strategy": self._strategy(given.strategy),
         }
+        if isinstance(kwargs["strategy"], ShardedStrategy):
+            kwargs["inference_mode"] = False  # what is gathered first in validation could not be trained with
         if self.config.global_batch_size is not None:
             kwargs["accumulate_grad_batches"] = self.accumulate
         if given.logger in (None, True):
@@ -213,8 +218,21 @@ class PretrainCLI(LightningCLI):
             kwargs["enable_progress_bar"] = terminal
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def _strategy(self, given: str | Strategy) -> str | Strategy:
+        """Return what Lightning takes for ``--trainer.strategy``: its own names, but for these three."""
+        if given == "fsdp":
+            return ShardedStrategy()
+        several = self.devices.count * self.config.trainer.num_nodes > 1
+        if given == "ddp" or (given == "auto" and several):
+            # Buffers are BatchNorm's statistics and constants: training needs no broadcast of them in every step.
+            return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+        return given
+
     def check(self) -> None:
         """Check images and checkpoint before training."""
+        self.method = type(self.model).__name__  # sharding replaces the class
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_shardable(self.model)
         if _is_rank_zero():
             skipped = self.datamodule.check_images()
             if skipped:
@@ -262,7 +280,7 @@ class PretrainCLI(LightningCLI):
         """Return what a comparison of runs reads, and what it takes to repeat this one."""
         config, clock, images = self.config, self.clock, self.datamodule.train_images
         return {
-            "method": type(self.model).__name__,
+            "method": self.method,
             "seed": config.seed_everything,
             "train_dir": str(images.input_dir),
             "train_images": len(images),
