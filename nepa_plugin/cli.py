@@ -38,6 +38,7 @@ from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.provenance import provenance, write_json
 from nepa_plugin.sharding import ShardedStrategy, check_shardable
+from nepa_plugin.stopping import StopTogether
 
 
 class UsageError(ValueError):
@@ -207,9 +208,11 @@ class PretrainCLI(LightningCLI):
                 TensorBoardLogger(str(self.run_dir), name="tensorboard", version=""),
             ]
         self.clock = RunClock()
-        callbacks = [*(given.callbacks or []), self.clock]
+        own = given.callbacks or []
+        callbacks = [*(own if isinstance(own, list) else [own]), self.clock]
         callbacks += [
             StepSeed(self.datamodule.seed),
+            StopTogether(),
             LastCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every_n_steps),
         ]
         if given.enable_progress_bar in (None, True):

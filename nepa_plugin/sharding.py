@@ -1,4 +1,4 @@
-"""Training with weights, gradients, optimizer state and averages sharded over the devices: torch's FSDP2 in Lightning."""
+"""Weights, gradients, optimizer state and averages sharded over the devices: torch's FSDP2 in Lightning."""
 
 import warnings
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def full_tensors(state: Any) -> Any:
     def gather(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        whole = value.detach().full_tensor()
+        whole = value.full_tensor().detach()
         return whole.cpu() if torch.distributed.get_rank() == 0 else None
 
     return tree_map(gather, state)
@@ -109,8 +109,8 @@ class ShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 with the checkpoints of any other run.
 
     Lightning's own either writes a folder of shards or numbers the optimizer's state differently from a run on one
-    device, and it loads weights past the callbacks. Here a checkpoint is one file of whole tensors, as without sharding,
-    and every rank takes its shards from it: a run goes on with any number of processes, and with any strategy.
+    device, and it loads weights past the callbacks. Here a checkpoint is one file of whole tensors, as without
+    sharding, and every rank takes its shards from it: a run goes on with any number of processes, and any strategy.
     """
 
     def __init__(self) -> None:
