@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -20,6 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
 
 from nepa_plugin.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
 from nepa_plugin.checkpoints import (
@@ -228,7 +230,9 @@ class PretrainCLI(LightningCLI):
         several = self.devices.count * self.config.trainer.num_nodes > 1
         if given == "ddp" or (given == "auto" and several):
             # Buffers are BatchNorm's statistics and constants: training needs no broadcast of them in every step.
-            return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+            new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # its name since torch 2.14
+            buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            return DDPStrategy(gradient_as_bucket_view=True, **buffers)
         return given
 
     def check(self) -> None:
