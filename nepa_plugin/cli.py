@@ -231,7 +231,7 @@ class PretrainCLI(LightningCLI):
         if given == "ddp" or (given == "auto" and several):
             # Buffers are BatchNorm's statistics and constants: training needs no broadcast of them in every step.
             new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # its name since torch 2.14
-            buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
             return DDPStrategy(gradient_as_bucket_view=True, **buffers)
         return given
 

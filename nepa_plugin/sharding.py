@@ -121,6 +121,12 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def shard(self, module: Any) -> None:
+        """Shard a method's parameters in place; its ``configure_model`` asks for it."""
+        if self._layer_sync is not None:  # Lightning does this for DDP only
+            self._layer_sync.apply(module)
+        shard(module, self.device_mesh["data_parallel"], str(self.precision_plugin.precision))
+
     @property
     def lightning_restore_optimizer(self) -> bool:
         """Whether Lightning restores the optimizer's state through :meth:`load_optimizer_state_dict`."""

@@ -25,7 +25,7 @@ from nepa_plugin.checkpoints import (
     load_weights,
     read_checkpoint,
 )
-from nepa_plugin.sharding import ShardedStrategy, full_tensor, shard
+from nepa_plugin.sharding import ShardedStrategy, full_tensor
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
@@ -205,9 +205,8 @@ class Method(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the weights where the trainer's strategy asks for it."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ShardedStrategy):
-            shard(self, strategy.device_mesh["data_parallel"], str(self.trainer.precision))
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self)
 
     def configure_callbacks(self) -> list[Callback]:
         """Attach the moving average, also where a user builds the trainer."""
