@@ -200,8 +200,6 @@ class PretrainCLI(LightningCLI):
             "use_distributed_sampler": False,  # the data module's sampler is one already, and can resume
             "strategy": self._strategy(given.strategy),
         }
-        if isinstance(kwargs["strategy"], ShardedStrategy):
-            kwargs["inference_mode"] = False  # what is gathered first in validation could not be trained with
         if self.config.global_batch_size is not None:
             kwargs["accumulate_grad_batches"] = self.accumulate
         if given.logger in (None, True):

@@ -111,7 +111,6 @@ class ShardedStrategy(ModelParallelStrategy):
     Lightning's own either writes a folder of shards or numbers the optimizer's state differently from a run on one
     device, and it loads weights past the callbacks. Here a checkpoint is one file of whole tensors, as without
     sharding, and every rank takes its shards from it: a run goes on with any number of processes, and any strategy.
-    The trainer needs ``inference_mode=False``: weights first gathered in inference mode could not be trained with.
     """
 
     def __init__(self) -> None:
