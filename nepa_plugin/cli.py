@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -17,8 +18,10 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
 
 from nepa_plugin.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
 from nepa_plugin.checkpoints import (
@@ -36,6 +39,8 @@ from nepa_plugin.devices import check_compiler, resolve_devices
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.provenance import provenance, write_json
+from nepa_plugin.sharding import ShardedStrategy, check_shardable
+from nepa_plugin.stopping import StopTogether
 
 
 class UsageError(ValueError):
@@ -199,6 +204,7 @@ class PretrainCLI(LightningCLI):
             "default_root_dir": str(self.run_dir),
             "sync_batchnorm": given.sync_batchnorm or self.devices.accelerator == "cuda",  # there is none for the CPU
             "use_distributed_sampler": False,  # the data module's sampler is one already, and can resume
+            "strategy": self._strategy(given.strategy),
         }
         if self.config.global_batch_size is not None:
             kwargs["accumulate_grad_batches"] = self.accumulate
@@ -208,9 +214,11 @@ class PretrainCLI(LightningCLI):
                 TensorBoardLogger(str(self.run_dir), name="tensorboard", version=""),
             ]
         self.clock = RunClock()
-        callbacks = [*(given.callbacks or []), self.clock]
+        own = given.callbacks or []
+        callbacks = [*(own if isinstance(own, list) else [own]), self.clock]
         callbacks += [
             StepSeed(self.datamodule.seed),
+            StopTogether(),
             LastCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every_n_steps),
         ]
         if given.enable_progress_bar in (None, True):
@@ -219,8 +227,23 @@ class PretrainCLI(LightningCLI):
             kwargs["enable_progress_bar"] = terminal
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def _strategy(self, given: str | Strategy) -> str | Strategy:
+        """Return what Lightning takes for ``--trainer.strategy``: its own names, but for these three."""
+        if given == "fsdp":
+            return ShardedStrategy()
+        several = self.devices.count * self.config.trainer.num_nodes > 1
+        if given == "ddp" or (given == "auto" and several):
+            # Buffers are BatchNorm's statistics and constants: training needs no broadcast of them in every step.
+            new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # its name since torch 2.14
+            buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            return DDPStrategy(gradient_as_bucket_view=True, **buffers)
+        return given
+
     def check(self) -> None:
         """Check images and checkpoint before training."""
+        self.method = type(self.model).__name__  # sharding replaces the class
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_shardable(self.model)
         if _is_rank_zero():
             skipped = self.datamodule.check_images()
             if skipped:
@@ -271,7 +294,7 @@ class PretrainCLI(LightningCLI):
         """Return what a comparison of runs reads, and what it takes to repeat this one."""
         config, clock, images = self.config, self.clock, self.datamodule.train_images
         return {
-            "method": type(self.model).__name__,
+            "method": self.method,
             "seed": config.seed_everything,
             "train_dir": str(images.input_dir),
             "train_images": len(images),

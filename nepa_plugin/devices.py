@@ -43,7 +43,9 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
             raise DeviceError("CUDA was asked for, but no CUDA device is available. Use --trainer.accelerator cpu.")
     if accelerator not in ("cuda", "cpu"):
         return Devices(accelerator, devices, devices if isinstance(devices, int) else 1)
-    available = gpus if accelerator == "cuda" else os.cpu_count() or 1
+    # torchrun has already started its processes, whether there are as many cores or not
+    cores = max(os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available = gpus if accelerator == "cuda" else cores
     what = "CUDA device(s)" if accelerator == "cuda" else "CPU core(s) and no CUDA device in use"
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)

@@ -11,12 +11,13 @@ from lightly.utils.optim import update_param_groups
 from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from PIL import Image
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import nepa_plugin.data
+from nepa_plugin.averaging import FusedEMA
 from nepa_plugin.checkpoints import (
     BACKBONE_CONFIG_KEY,
     BACKBONE_PREFIX_KEY,
@@ -24,6 +25,7 @@ from nepa_plugin.checkpoints import (
     load_weights,
     read_checkpoint,
 )
+from nepa_plugin.sharding import ShardedStrategy, full_tensor
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
@@ -63,6 +65,8 @@ class Method(LightningModule):
 
     #: Attribute that holds the backbone which is validated and exported; a momentum encoder in some methods.
     exported = "backbone"
+    #: Whether the weights can be sharded: no part of a step reads or writes them outside of the step's modules.
+    shardable = True
 
     def __init__(
         self,
@@ -230,9 +234,14 @@ class Method(LightningModule):
         """Images per optimizer step: per device x devices x accumulated batches."""
         return self.batch_size_per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
+    def configure_model(self) -> None:
+        """Shard the weights where the trainer's strategy asks for it."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self)
+
     def configure_callbacks(self) -> list[Callback]:
         """Attach the moving average, also where a user builds the trainer."""
-        return [EMAWeightAveraging(decay=self.ema_decay)] if self.ema_decay else []
+        return [FusedEMA(self.ema_decay)] if self.ema_decay else []
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable parameters without the probe's."""
@@ -313,7 +322,8 @@ class Method(LightningModule):
         """Clip the gradient by its norm and log it. The probe has its own loss, so its gradient does not count."""
         limit = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
         parameters = [p for _, p in self._own_parameters()]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit or float("inf"), norm)
         self.log("grad_norm", norm)
 
     # -- logging -------------------------------------------------------------------------------------------------------

@@ -10,4 +10,8 @@ if __name__ == "__main__":
     base = Path(__file__).parents[2] / "lightly_configs" / "base.yaml"
     for separator, arguments in groupby(sys.argv[1:], lambda argument: argument == "--"):
         if not separator:
-            main(list(arguments), base)
+            try:
+                main(list(arguments), base)
+            except SystemExit as stopped:
+                if stopped.code != 143:  # by SIGTERM; the next command may go on with it
+                    raise

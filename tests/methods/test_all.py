@@ -42,6 +42,8 @@ MARGINS = {
 EPOCHS = {"dino": "20", "ibot": "20", "ijepa": "20"}
 #: Methods with a momentum encoder; of these, DINO, iBOT and I-JEPA export it.
 MOMENTUM = {"mocov3", "byol", "dino", "ibot", "ijepa"}
+#: Methods whose weights can be sharded.
+SHARDED = [name for name in MARGINS if name not in MOMENTUM]
 
 
 def arguments(name, run_dir, *more):
@@ -160,12 +162,13 @@ def test_resume_is_exact(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Three steps of every method in two gloo processes, half the batch each."""
+    """Three steps of every method in two gloo processes, half the batch each, and those with sharded weights."""
     out = tmp_path_factory.mktemp("two")
     commands = []
-    for name in MARGINS:
-        commands += ["--", *arguments(name, out / name, *DISTRIBUTED, "--trainer.devices", "2")]
-        commands += ["--trainer.strategy", "ddp", "--data.batch_size_per_device", "32"]
+    for name, strategy in [*((name, "auto") for name in MARGINS), *((name, "fsdp") for name in SHARDED)]:
+        folder = out / (name if strategy == "auto" else f"{name}-fsdp")
+        commands += ["--", *arguments(name, folder, *DISTRIBUTED, "--trainer.devices", "2")]
+        commands += ["--trainer.strategy", strategy, "--data.batch_size_per_device", "32"]
     script = Path(__file__).parent / "pretrain_several.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -185,6 +188,28 @@ def test_two_processes(name, two_processes):
     summary = json.loads((two_processes / name / "summary.json").read_text())
     assert summary["devices"] == "2 x cpu" and summary["images_seen"] == 3 * 64
     nepa_plugin.load_backbone(two_processes / name / "backbone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_weights_are_trained_alike(name, two_processes):
+    whole, sharded = two_processes / name, two_processes / f"{name}-fsdp"
+    one, two = curve(whole), curve(sharded)
+    assert list(one) == list(two) and max(abs(one[step] - two[step]) for step in one) < 1e-5
+    states = [torch.load(r / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for r in (whole, sharded)]
+    assert list(states[0]) == list(states[1])
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
+    assert json.loads((sharded / "summary.json").read_text())["method"] == method_class(name).__name__
+
+
+@pytest.mark.parametrize("name", sorted(MOMENTUM))
+def test_momentum_encoders_cannot_be_sharded(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(name, tmp_path / "run", "--trainer.strategy", "fsdp"), CONFIGS / "base.yaml")
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    message = f"error: {method_class(name).__name__} cannot be trained with --trainer.strategy fsdp"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

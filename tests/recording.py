@@ -1,0 +1,80 @@
+"""What the tests of several processes look at: a callback that records a run, and how to start it with torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from nepa_plugin.sharding import full_tensor, local_tensor
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "lightly_configs" / "nepa_demo.yaml"
+
+
+class Recorder(Callback):
+    """Write every rank's losses, gradients and bytes of state to ``record-RANK.pt`` in the run folder.
+
+    Args:
+        terminate_at: Optimizer step at whose first batch the last rank sends itself SIGTERM.
+        kill_at: Optimizer step at whose first batch the last rank kills itself, if the run has not been started again.
+    """
+
+    def __init__(self, terminate_at=None, kill_at=None):
+        self.terminate_at, self.kill_at = terminate_at, kill_at
+        self.losses, self.gradients = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and trainer.global_step == self.terminate_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if last and trainer.global_step == self.kill_at and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        self.gradients.append({name: grad.detach().clone() for name, grad in gradients.items()})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        (average,) = [c for c in trainer.callbacks if type(c).__name__ == "FusedEMA"]
+        state = [v for values in trainer.optimizers[0].state.values() for v in values.values() if v.ndim]
+        held = [*pl_module.parameters(), *state, *average._average_model.averages]
+        record = {
+            "losses": self.losses,
+            "gradients": [{name: full_tensor(grad) for name, grad in step.items()} for step in self.gradients],
+            "held_bytes": sum(local_tensor(t).numel() * 4 for t in held),
+        }
+        torch.save(record, Path(trainer.default_root_dir) / f"record-{trainer.global_rank}.pt")
+
+
+def arguments(run_dir, *more):
+    """The demo's model, small, for eight steps of 128 images, of which none is logged but by ``more``."""
+    return [
+        *("--config", str(CONFIG), "--run_dir", str(run_dir), "--trainer.max_epochs", "2"),
+        *("--model.backbone_args.embed_dim", "32", "--model.backbone_args.depth", "2"),
+        *("--model.backbone_args.num_heads", "2", "--trainer.check_val_every_n_epoch", "1000"),
+        *("--trainer.enable_model_summary", "false", "--data.num_workers", "0"),
+        *map(str, more),
+    ]
+
+
+def start(processes, *runs, restarts=0):
+    """Start pretraining commands one after the other, each a list of arguments, in torchrun's processes."""
+    script = ROOT / "tests" / "methods" / "pretrain_several.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    commands = [argument for run in runs for argument in ("--", *run, "--trainer.devices", str(processes))]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    return subprocess.run(
+        [*torchrun, "--max-restarts", str(restarts), str(script), *commands[1:]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
