@@ -7,103 +7,30 @@ A resumed run therefore sees exactly what an uninterrupted one sees, whatever th
 import hashlib
 import json
 import os
-import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightly.data import LightlyDataset
 from lightly.data.multi_view_collate import MultiViewCollate
 from PIL import Image, UnidentifiedImageError
 from pytorch_lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as T
+from torch.utils.data import DataLoader
 
 from nepa_plugin.digits import TRAINING_DIGITS, digit_images
-from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
+from nepa_plugin.samples import DataError as DataError
+from nepa_plugin.samples import EpochBatchSampler as EpochBatchSampler
+from nepa_plugin.samples import ResumableLoader as ResumableLoader
+from nepa_plugin.samples import SeededDataset as SeededDataset
+from nepa_plugin.transforms import NEPATransform as NEPATransform
+from nepa_plugin.transforms import eval_transform as eval_transform
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SampleKey = tuple[int, int]  # (epoch, index)
-
-
-class DataError(ValueError):
-    """The images cannot be used; the message names the file or folder and says what to do."""
-
-
-# -- transforms --------------------------------------------------------------------------------------------------------
-
-
-class NEPATransform:
-    """The published pretraining augmentation: one view by random resized crop and horizontal flip.
-
-    Source: RandomResizedCrop with torchvision's default scale, bilinear, flip, mean = std = 0.5 (arXiv 2512.16922).
-
-    Args:
-        input_size: Side of the view in pixels, or (height, width).
-        scale: Range of the crop's area as a fraction of the image.
-        hflip_prob: Probability of a horizontal flip.
-        mean: Per-channel mean to subtract, for values in [0, 1].
-        std: Per-channel standard deviation to divide by.
-    """
-
-    def __init__(
-        self,
-        input_size: int | tuple[int, int] = 224,
-        scale: tuple[float, float] = (0.08, 1.0),
-        hflip_prob: float = 0.5,
-        mean: tuple[float, ...] = NEPA_MEAN,
-        std: tuple[float, ...] = NEPA_STD,
-    ) -> None:
-        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        self.transform = T.Compose(
-            [
-                T.RandomResizedCrop(size, scale=tuple(scale), interpolation=T.InterpolationMode.BILINEAR),
-                T.RandomHorizontalFlip(hflip_prob),
-                T.ToTensor(),
-                T.Normalize(mean, std),
-            ]
-        )
-
-    def __call__(self, image: Image.Image) -> list[Tensor]:
-        """Return a list with the one view (3, H, W), as lightly's transforms do."""
-        return [self.transform(image)]
-
-
-def eval_transform(
-    input_size: int | tuple[int, int] = 224,
-    crop_pct: float = 0.875,
-    mean: tuple[float, ...] = NEPA_MEAN,
-    std: tuple[float, ...] = NEPA_STD,
-) -> Callable[[Image.Image], Tensor]:
-    """Return the evaluation transform: resize the shorter side, centre crop, normalise.
-
-    Args:
-        input_size: Side of the crop in pixels, or (height, width).
-        crop_pct: Crop over resized side; 0.875 gives the usual 256 -> 224.
-        mean: Per-channel mean.
-        std: Per-channel standard deviation.
-
-    Returns:
-        A function from a PIL image to a tensor (3, H, W).
-    """
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    resize = round(max(size) / crop_pct)
-    return T.Compose(
-        [
-            T.Resize(resize, interpolation=T.InterpolationMode.BICUBIC),
-            T.CenterCrop(size),
-            T.ToTensor(),
-            T.Normalize(mean, std),
-        ]
-    )
 
 
 # -- the embedded images -----------------------------------------------------------------------------------------------
@@ -238,134 +165,6 @@ def image_folder(root: str | Path, what: str = "data.train_dir") -> LightlyDatas
         return LightlyDataset(str(path))
     except (FileNotFoundError, RuntimeError) as error:
         raise DataError(f"{what}: {path} cannot be read as an image folder: {error}") from error
-
-
-# -- samples and their order -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Make the global CPU generators a function of ``key`` inside the block, and as before after it."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-class SeededDataset(Dataset[tuple[Any, int, str]]):
-    """A view of a ``LightlyDataset`` whose augmentation depends on (seed, epoch, index) only.
-
-    Args:
-        dataset: The images.
-        transform: From a PIL image to a tensor, or a list of views.
-        seed: Seed of the run.
-        indices: The images to use, by index into ``dataset``.
-        on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
-    """
-
-    def __init__(
-        self,
-        dataset: LightlyDataset,
-        transform: Callable[[Image.Image], Any],
-        seed: int,
-        indices: list[int],
-        on_bad_image: str = "error",
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.indices = indices
-        self.on_bad_image = on_bad_image
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: SampleKey | int) -> tuple[Any, int, str]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        for offset in range(len(self)):
-            position = self.indices[(index + offset) % len(self)]
-            try:
-                image, target, filename = self.dataset[position]
-            except (OSError, SyntaxError, ValueError) as error:
-                name = self.dataset.index_to_filename(self.dataset.dataset, position)
-                if self.on_bad_image == "skip":
-                    warnings.warn(f"Skipped {name}, which became unreadable: {error}", stacklevel=1)
-                    continue
-                raise DataError(f"{Path(self.dataset.input_dir or '.') / name} cannot be read: {error}") from error
-            with _seeded(self.seed, epoch, index):
-                return self.transform(image), target, filename
-        raise DataError(f"{self.dataset.input_dir} holds no readable image.")
-
-
-class EpochBatchSampler:
-    """Batches of (epoch, index) keys: a shuffle per epoch, split over processes, that can start anywhere.
-
-    Batch s of rank r holds positions ``(s * world_size + r) * batch_size ...`` of the epoch's permutation, so that
-    the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
-    incomplete global batch of an epoch is dropped.
-
-    Args:
-        num_samples: Size of the dataset.
-        batch_size: Batch size per device.
-        seed: Seed of the run.
-        rank: This process.
-        world_size: Number of processes.
-        position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        position: Callable[[int], tuple[int, int]] = lambda length: (0, 0),
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.position = position
-
-    def __len__(self) -> int:
-        return self.num_samples // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch, start = self.position(len(self))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.num_samples, generator=generator)
-
-        def batches() -> Iterator[list[SampleKey]]:
-            for step in range(start, len(self)):
-                first = (step * self.world_size + self.rank) * self.batch_size
-                yield [(epoch, i) for i in order[first : first + self.batch_size].tolist()]
-
-        return batches()
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose batch sampler knows where to go on; tells Lightning so by having a (stateless) state."""
-
-    def __iter__(self) -> Any:
-        # Lightning asks for an iterator before it restores its progress from a checkpoint. Nothing may be decided, and
-        # no worker may prefetch, until the first batch is asked for.
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the position is in the trainer's progress, which Lightning saves."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing, see :meth:`state_dict`."""
 
 
 def loader_workers(num_workers: int | None, processes: int) -> int:

@@ -1,0 +1,146 @@
+"""Samples and their order: every random choice about a sample is a function of (seed, epoch, index)."""
+
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightly.data import LightlyDataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+SampleKey = tuple[int, int]  # (epoch, index)
+
+
+class DataError(ValueError):
+    """The images cannot be used; the message names the file or folder and says what to do."""
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Make the global CPU generators a function of ``key`` inside the block, and as before after it."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+class SeededDataset(Dataset[tuple[Any, int, str]]):
+    """A view of a ``LightlyDataset`` whose augmentation depends on (seed, epoch, index) only.
+
+    Args:
+        dataset: The images.
+        transform: From a PIL image to a tensor, or a list of views.
+        seed: Seed of the run.
+        indices: The images to use, by index into ``dataset``.
+        on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
+    """
+
+    def __init__(
+        self,
+        dataset: LightlyDataset,
+        transform: Callable[[Image.Image], Any],
+        seed: int,
+        indices: list[int],
+        on_bad_image: str = "error",
+    ) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.indices = indices
+        self.on_bad_image = on_bad_image
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[Any, int, str]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        for offset in range(len(self)):
+            position = self.indices[(index + offset) % len(self)]
+            try:
+                image, target, filename = self.dataset[position]
+            except (OSError, SyntaxError, ValueError) as error:
+                name = self.dataset.index_to_filename(self.dataset.dataset, position)
+                if self.on_bad_image == "skip":
+                    warnings.warn(f"Skipped {name}, which became unreadable: {error}", stacklevel=1)
+                    continue
+                raise DataError(f"{Path(self.dataset.input_dir or '.') / name} cannot be read: {error}") from error
+            with _seeded(self.seed, epoch, index):
+                return self.transform(image), target, filename
+        raise DataError(f"{self.dataset.input_dir} holds no readable image.")
+
+
+class EpochBatchSampler:
+    """Batches of (epoch, index) keys: a shuffle per epoch, split over processes, that can start anywhere.
+
+    Batch s of rank r holds positions ``(s * world_size + r) * batch_size ...`` of the epoch's permutation, so that
+    the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
+    incomplete global batch of an epoch is dropped.
+
+    Args:
+        num_samples: Size of the dataset.
+        batch_size: Batch size per device.
+        seed: Seed of the run.
+        rank: This process.
+        world_size: Number of processes.
+        position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: Callable[[int], tuple[int, int]] = lambda length: (0, 0),
+    ) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+
+    def __len__(self) -> int:
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, start = self.position(len(self))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.num_samples, generator=generator)
+
+        def batches() -> Iterator[list[SampleKey]]:
+            for step in range(start, len(self)):
+                first = (step * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, i) for i in order[first : first + self.batch_size].tolist()]
+
+        return batches()
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A ``DataLoader`` whose batch sampler knows where to go on; tells Lightning so by having a (stateless) state."""
+
+    def __iter__(self) -> Any:
+        # Lightning asks for an iterator before it restores its progress from a checkpoint. Nothing may be decided, and
+        # no worker may prefetch, until the first batch is asked for.
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the position is in the trainer's progress, which Lightning saves."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing, see :meth:`state_dict`."""
