@@ -216,6 +216,7 @@ class PretrainCLI(LightningCLI):
     def check(self) -> None:
         """Check images and checkpoint before training."""
         if _is_rank_zero():
+            self.datamodule.check_method(self.model)
             skipped = self.datamodule.check_images()
             if skipped:
                 rank_zero_info(f"Skipped {skipped} file(s) that cannot be read as images.")

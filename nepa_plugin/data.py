@@ -1,44 +1,35 @@
-"""Images in: the data module, the transforms, and the embedded demo images.
+"""Images in: the data module, the loaders of evaluation, and the embedded demo images.
 
 Every random choice about a sample (its place in the epoch, its crop, its flip) is a function of (seed, epoch, index).
 A resumed run therefore sees exactly what an uninterrupted one sees, whatever the number of workers.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from nepa_plugin.digits import TRAINING_DIGITS, digit_images
+from nepa_plugin.files import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from nepa_plugin.files import cache_dir as cache_dir
+from nepa_plugin.files import class_names, find_bad_images, image_folder
+from nepa_plugin.files import files_signature as files_signature
+from nepa_plugin.files import fingerprint as fingerprint
+from nepa_plugin.pipelines import FileDataset, PipelineName, build_pipeline
 from nepa_plugin.samples import DataError as DataError
 from nepa_plugin.samples import EpochBatchSampler as EpochBatchSampler
 from nepa_plugin.samples import ResumableLoader as ResumableLoader
 from nepa_plugin.samples import SeededDataset as SeededDataset
 from nepa_plugin.transforms import NEPATransform as NEPATransform
 from nepa_plugin.transforms import eval_transform as eval_transform
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-
-# -- the embedded images -----------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Return the folder for derived data: ``$NEPA_PLUGIN_CACHE``, by default ``~/.cache/nepa_plugin``."""
-    return Path(os.environ.get("NEPA_PLUGIN_CACHE") or Path.home() / ".cache" / "nepa_plugin")
 
 
 def digits_folder(root: str | Path | None = None) -> Path:
@@ -68,105 +59,6 @@ def digits_folder(root: str | Path | None = None) -> Path:
     return target
 
 
-# -- checking files ----------------------------------------------------------------------------------------------------
-
-
-def _is_bad_image(path: str) -> bool:
-    """Whether a file is no readable image. Decodes it only if the end of the file looks cut off."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4)
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 16))
-            tail = file.read()
-        complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in tail) or (head == b"\x89PNG" and b"IEND" in tail)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:  # parses the header
-                if not complete:
-                    image.load()
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return True
-    return False
-
-
-def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
-    """Return those of ``files`` (relative to ``root``) that cannot be read as images.
-
-    The result is kept in :func:`cache_dir` and reused as long as names, sizes and times of the files are the same.
-
-    Args:
-        root: The image folder.
-        files: Paths relative to it.
-
-    Returns:
-        The unreadable ones, in order.
-    """
-    root = Path(root).resolve()
-    signature, record = files_signature(root, files), _check_record(root)
-    if record.is_file():
-        known = json.loads(record.read_text())
-        if known["signature"] == signature:
-            return list(known["bad"])
-    with _file_threads() as pool:
-        flags = pool.map(lambda file: _is_bad_image(str(root / file)), files)
-        bad = [file for file, is_bad in zip(files, flags, strict=True) if is_bad]
-    record.parent.mkdir(parents=True, exist_ok=True)
-    tmp = record.with_suffix(f".{os.getpid()}")
-    tmp.write_text(json.dumps({"root": str(root), "signature": signature, "bad": bad}))
-    tmp.replace(record)
-    return bad
-
-
-def files_signature(root: str | Path, files: list[str], times: bool = True) -> str:
-    """Return a SHA-256 of files' names and sizes and, unless ``times`` is off, of when they were changed."""
-    root = Path(root)
-
-    def stat(file: str) -> tuple[str | int, ...]:
-        info = (root / file).stat()
-        return (file, info.st_size, info.st_mtime_ns) if times else (file, info.st_size)
-
-    with _file_threads() as pool:
-        return hashlib.sha256(repr(list(pool.map(stat, files))).encode()).hexdigest()
-
-
-def _file_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
-
-
-def fingerprint(images: LightlyDataset) -> str:
-    """Return a hash of the names and sizes of a dataset's files: equal for copies, different for other images."""
-    return files_signature(images.input_dir or ".", sorted(images.get_filenames()), times=False)[:16]
-
-
-def _check_record(root: Path) -> Path:
-    return cache_dir() / "checked" / (hashlib.sha256(str(root).encode()).hexdigest()[:24] + ".json")
-
-
-def image_folder(root: str | Path, what: str = "data.train_dir") -> LightlyDataset:
-    """Open an image folder as lightly reads it: with a sub-folder per class, or flat.
-
-    Args:
-        root: The folder.
-        what: What to call the folder's option in an error.
-
-    Returns:
-        The dataset of (image, class index, filename).
-
-    Raises:
-        DataError: If the folder is missing or holds no image.
-    """
-    path = Path(root)
-    if not path.is_dir():
-        raise DataError(f"{what}: no folder at {path}. Give a folder of images, with one sub-folder per class or flat.")
-    if not any(f.lower().endswith(IMAGE_EXTENSIONS) for _, _, files in os.walk(path) for f in files):
-        raise DataError(f"{what}: {path} holds no image. Known extensions: {', '.join(IMAGE_EXTENSIONS)}.")
-    try:
-        return LightlyDataset(str(path))
-    except (FileNotFoundError, RuntimeError) as error:
-        raise DataError(f"{what}: {path} cannot be read as an image folder: {error}") from error
-
-
 def loader_workers(num_workers: int | None, processes: int) -> int:
     """Return the loader processes of each of ``processes`` here: what is given, else their share of the cores."""
     if num_workers is not None:
@@ -193,6 +85,9 @@ class ImageData(LightningDataModule):
         crop_pct: Centre crop over resized side of the validation images.
         on_bad_image: ``"error"`` stops before training if a file is no readable image; ``"skip"`` leaves such files
             out and counts them.
+        pipeline: How training images become views: ``"pil"``; ``"tensor"``, faster, on uint8 tensors in the loader; or
+            ``"device"``, where the loader only reads files and all else is batched on the device. The last two are for
+            methods whose augmentation is one random crop and flip.
         seed: Seed of the order and the augmentation; the command sets it to ``seed_everything``.
     """
 
@@ -205,6 +100,7 @@ class ImageData(LightningDataModule):
         num_workers: int | None = None,
         crop_pct: float = 0.875,
         on_bad_image: Literal["error", "skip"] = "error",
+        pipeline: PipelineName = "pil",
         seed: int = 1337,
     ) -> None:
         super().__init__()
@@ -219,11 +115,12 @@ class ImageData(LightningDataModule):
         self.num_workers = num_workers
         self.crop_pct = crop_pct
         self.on_bad_image = on_bad_image
+        self.pipeline = pipeline
         self.seed = seed
         self.train_images = image_folder(train_dir, "data.train_dir")
         self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
         self._indices: dict[int, list[int]] = {}
-        classes, val_classes = _classes(self.train_images), _classes(self.val_images)
+        classes, val_classes = class_names(self.train_images), class_names(self.val_images)
         if val_classes and classes != val_classes:
             odd = sorted(set(classes) ^ set(val_classes))[:6]
             raise DataError(
@@ -275,6 +172,17 @@ class ImageData(LightningDataModule):
                 "lower --data.batch_size_per_device (and --global_batch_size)."
             )
 
+    def check_method(self, method: Any) -> None:
+        """Check that the method's augmentation can go through the pipeline.
+
+        Args:
+            method: A :class:`~nepa_plugin.methods.Method`.
+
+        Raises:
+            DataError: If it cannot.
+        """
+        build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+
     def setup(self, stage: str) -> None:
         """Learn which images are used; the record of rank zero's check makes this quick on the others."""
         if not self._indices:
@@ -297,8 +205,11 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return batches of (views, labels, filenames), as lightly's methods take them."""
         assert self.trainer is not None
-        workers = self._workers()
-        dataset = self._dataset(self.train_images, self.trainer.lightning_module.train_transform())
+        workers, method = self._workers(), self.trainer.lightning_module
+        self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        dataset = self._dataset(self.train_images, method.train_transform())
+        if self.pipeline != "pil":
+            dataset = FileDataset(self.train_images, self._pipeline, self.seed, dataset.indices, self.on_bad_image)
         sampler = EpochBatchSampler(
             len(dataset),
             self.batch_size_per_device,
@@ -310,11 +221,19 @@ class ImageData(LightningDataModule):
         return ResumableLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=MultiViewCollate(),
+            collate_fn=self._pipeline.collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do the device's part of the pipeline; the method gets (views, labels, filenames) as from PIL."""
+        if self.pipeline == "pil" or self.trainer is None or not self.trainer.training:
+            return batch
+        views, labels, filenames = batch
+        batch = [self._pipeline.finish(views, labels.device, filenames), labels, filenames]
+        return self.trainer.precision_plugin.convert_input(batch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return batches of (images, labels, filenames); every image once, whatever the number of processes."""
@@ -355,7 +274,7 @@ def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDatase
     """
     folders = evaluation_folders(source)
     train, val = image_folder(folders[0], "training images"), image_folder(folders[1], "validation images")
-    classes, val_classes = _classes(train), _classes(val)
+    classes, val_classes = class_names(train), class_names(val)
     if not classes:
         raise DataError(f"{folders[0]} has no classes: evaluation needs one sub-folder per class.")
     if len(classes) < 2:
@@ -403,7 +322,3 @@ def evaluation_loaders(
     transform = eval_transform(image_size(model), evaluation_crop(model, crop_pct), config["mean"], config["std"])
     train_set, val_set = (SeededDataset(d, transform, 0, list(range(len(d)))) for d in images)
     return DataLoader(train_set, batch_size=batch_size), DataLoader(val_set, batch_size=batch_size)
-
-
-def _classes(images: LightlyDataset | None) -> list[str]:
-    return list(getattr(images.dataset, "classes", [])) if images is not None else []

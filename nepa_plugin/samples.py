@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightly.data import LightlyDataset
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 SampleKey = tuple[int, int]  # (epoch, index)
@@ -21,20 +20,34 @@ class DataError(ValueError):
     """The images cannot be used; the message names the file or folder and says what to do."""
 
 
+def sample_seed(*key: int) -> int:
+    """Return the seed that belongs to ``key``: the run's seed, the epoch, and the image's index."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
 @contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Make the global CPU generators a function of ``key`` inside the block, and as before after it."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
+def torch_seeded(*key: int) -> Iterator[None]:
+    """Make torch's global CPU generator a function of ``key`` inside the block, and as before after it."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(sample_seed(*key))
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Do the same for all global CPU generators: torch's, Python's and NumPy's."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(sample_seed(*key))
+    np.random.seed(sample_seed(*key))
+    try:
+        with torch_seeded(*key):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class SeededDataset(Dataset[tuple[Any, int, str]]):
@@ -51,7 +64,7 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
     def __init__(
         self,
         dataset: LightlyDataset,
-        transform: Callable[[Image.Image], Any],
+        transform: Callable[..., Any],
         seed: int,
         indices: list[int],
         on_bad_image: str = "error",
@@ -65,20 +78,29 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def load(self, position: int) -> tuple[Any, int, str]:
+        """Return (image, class index, filename) of the image at ``position`` of the dataset."""
+        image, target, filename = self.dataset[position]
+        return image, target, filename
+
+    def view(self, image: Any, key: tuple[int, int, int]) -> Any:
+        """Return the augmented image; ``key`` is (seed, epoch, index)."""
+        with seeded(*key):
+            return self.transform(image)
+
     def __getitem__(self, key: SampleKey | int) -> tuple[Any, int, str]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         for offset in range(len(self)):
             position = self.indices[(index + offset) % len(self)]
             try:
-                image, target, filename = self.dataset[position]
+                image, target, filename = self.load(position)
             except (OSError, SyntaxError, ValueError) as error:
                 name = self.dataset.index_to_filename(self.dataset.dataset, position)
                 if self.on_bad_image == "skip":
                     warnings.warn(f"Skipped {name}, which became unreadable: {error}", stacklevel=1)
                     continue
                 raise DataError(f"{Path(self.dataset.input_dir or '.') / name} cannot be read: {error}") from error
-            with _seeded(self.seed, epoch, index):
-                return self.transform(image), target, filename
+            return self.view(image, (self.seed, epoch, index)), target, filename
         raise DataError(f"{self.dataset.input_dir} holds no readable image.")
 
 

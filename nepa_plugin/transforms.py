@@ -1,7 +1,10 @@
 """The augmentation of training images and the preparation of evaluation images."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms as T
@@ -71,4 +74,68 @@ def eval_transform(
             T.ToTensor(),
             T.Normalize(mean, std),
         ]
+    )
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """The parameters of an augmentation that is one random resized crop, horizontal flip and normalisation.
+
+    Attributes:
+        size: (height, width) of the view in pixels.
+        scale: Range of the crop's area as a fraction of the image.
+        ratio: Range of the crop's width over its height.
+        interpolation: Bilinear or bicubic.
+        hflip_prob: Probability of a horizontal flip.
+        mean: Per-channel mean to subtract, for values in [0, 1].
+        std: Per-channel standard deviation to divide by.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    interpolation: T.InterpolationMode
+    hflip_prob: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def draw(self, height: int, width: int) -> tuple[int, int, int, int, bool]:
+        """Draw a crop and a flip from torch's global generator, exactly as torchvision's transforms do.
+
+        Args:
+            height: Height of the image in pixels.
+            width: Width of the image in pixels.
+
+        Returns:
+            Top, left, height and width of the crop in pixels, and whether to flip.
+        """
+        shape = torch.empty(1).expand(3, height, width)  # get_params looks at the shape only
+        top, left, h, w = T.RandomResizedCrop.get_params(shape, list(self.scale), list(self.ratio))
+        return top, left, h, w, bool(torch.rand(1) < self.hflip_prob)
+
+
+def crop_flip(transform: Any) -> CropFlip | None:
+    """Return the parameters of a transform that makes one view by crop, flip and normalisation, as NEPA's does.
+
+    Args:
+        transform: An augmentation of a method; its ``transform`` is a ``Compose`` of torchvision, v1 or v2.
+
+    Returns:
+        The parameters, or ``None`` if the transform does anything else.
+    """
+    steps = getattr(getattr(transform, "transform", None), "transforms", [])
+    expected = ["RandomResizedCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"]
+    if [type(step).__name__ for step in steps] != expected:
+        return None
+    crop, flip, _, normalize = steps
+    if crop.interpolation not in (T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC):
+        return None
+    return CropFlip(
+        (crop.size[0], crop.size[-1]),
+        (crop.scale[0], crop.scale[1]),
+        (crop.ratio[0], crop.ratio[1]),
+        crop.interpolation,
+        flip.p,
+        tuple(normalize.mean),
+        tuple(normalize.std),
     )

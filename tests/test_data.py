@@ -10,7 +10,7 @@ import torch
 from lightly.data import LightlyDataset
 from PIL import Image
 
-import nepa_plugin.data
+import nepa_plugin.files
 from nepa_plugin.data import (
     DataError,
     EpochBatchSampler,
@@ -19,8 +19,8 @@ from nepa_plugin.data import (
     SeededDataset,
     digits_folder,
     eval_transform,
-    find_bad_images,
 )
+from nepa_plugin.files import find_bad_images
 
 
 def picture(seed=0, size=(40, 48)):
@@ -207,13 +207,13 @@ def mixed(tmp_path, monkeypatch):
     whole = (root / "good.jpg").read_bytes()
     (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "text.png").write_text("not an image")
-    opened, original = Counter(), nepa_plugin.data._is_bad_image
+    opened, original = Counter(), nepa_plugin.files._is_bad_image
 
     def counting(path):
         opened[path.rsplit("/", 1)[-1]] += 1
         return original(path)
 
-    monkeypatch.setattr(nepa_plugin.data, "_is_bad_image", counting)
+    monkeypatch.setattr(nepa_plugin.files, "_is_bad_image", counting)
     monkeypatch.setenv("NEPA_PLUGIN_CACHE", str(tmp_path / "cache"))
     return root, opened
 
