@@ -15,6 +15,7 @@ import torch
 from lightly.data import LightlyDataset
 from PIL import Image
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from nepa_plugin.digits import TRAINING_DIGITS, digit_images
@@ -28,6 +29,7 @@ from nepa_plugin.samples import DataError as DataError
 from nepa_plugin.samples import EpochBatchSampler as EpochBatchSampler
 from nepa_plugin.samples import ResumableLoader as ResumableLoader
 from nepa_plugin.samples import SeededDataset as SeededDataset
+from nepa_plugin.shards import ShardDataset, ShardLoader, open_shards
 from nepa_plugin.transforms import NEPATransform as NEPATransform
 from nepa_plugin.transforms import eval_transform as eval_transform
 
@@ -83,6 +85,9 @@ class ImageData(LightningDataModule):
         num_workers: Loader processes per device; by default the cores divided by the devices on this machine, at most
             16, and none where there are two cores or fewer.
         crop_pct: Centre crop over resized side of the validation images.
+        train_shards: Training images packed into tar files, instead of ``train_dir``: a folder of them, or a pattern of
+            paths, URLs or a ``pipe:`` command as webdataset takes it, such as ``images-{000000..000146}.tar``.
+        shuffle_buffer: Images of shards to shuffle among in each loader process; they are kept as files.
         on_bad_image: ``"error"`` stops before training if a file is no readable image; ``"skip"`` leaves such files
             out and counts them.
         pipeline: How training images become views: ``"pil"``; ``"tensor"``, faster, on uint8 tensors in the loader; or
@@ -101,14 +106,20 @@ class ImageData(LightningDataModule):
         crop_pct: float = 0.875,
         on_bad_image: Literal["error", "skip"] = "error",
         pipeline: PipelineName = "pil",
+        train_shards: str | None = None,
+        shuffle_buffer: int = 1000,
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        if train_dir is None and demo is None:
+        if train_dir is None and train_shards is None and demo is None:
             raise DataError("data.train_dir is not set: give a folder of images, or --data.demo digits.")
+        if train_dir is not None and train_shards is not None:
+            raise DataError("data.train_dir and data.train_shards are both set: give one of them.")
+        if shuffle_buffer < 1:
+            raise DataError(f"data.shuffle_buffer must be positive, got {shuffle_buffer}.")
         if batch_size_per_device < 1:
             raise DataError(f"data.batch_size_per_device must be positive, got {batch_size_per_device}.")
-        if train_dir is None:
+        if train_dir is None and train_shards is None:
             folder = digits_folder()
             train_dir, val_dir = str(folder / "train"), str(folder / "val")
         self.batch_size_per_device = batch_size_per_device
@@ -116,15 +127,19 @@ class ImageData(LightningDataModule):
         self.crop_pct = crop_pct
         self.on_bad_image = on_bad_image
         self.pipeline = pipeline
+        self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.train_images = image_folder(train_dir, "data.train_dir")
+        self.train_shards = open_shards(train_shards) if train_shards else None
+        self.train_images = image_folder(train_dir, "data.train_dir") if train_dir else None
         self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
         self._indices: dict[int, list[int]] = {}
-        classes, val_classes = class_names(self.train_images), class_names(self.val_images)
+        classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
+        val_classes = class_names(self.val_images)
         if val_classes and classes != val_classes:
             odd = sorted(set(classes) ^ set(val_classes))[:6]
             raise DataError(
-                f"data.val_dir has other classes than data.train_dir: {', '.join(odd)} only in one of them."
+                f"data.val_dir has other classes than data.{'train_shards' if train_shards else 'train_dir'}: "
+                f"{', '.join(odd)} only in one of them."
             )
         #: Number of classes; 0 where the folder has no labels.
         self.num_classes = len(classes) if len(classes) > 1 else 0
@@ -157,7 +172,7 @@ class ImageData(LightningDataModule):
         return skipped
 
     def check_batch(self, world_size: int) -> None:
-        """Check that there are enough images for one batch.
+        """Check that there are enough images for one batch, and enough shards for every process that reads them.
 
         Args:
             world_size: Number of devices.
@@ -165,11 +180,17 @@ class ImageData(LightningDataModule):
         Raises:
             DataError: If there are not.
         """
-        used = len(self._indices[id(self.train_images)])
+        used = len(self.train_shards or self._indices[id(self.train_images)])
         if used < self.batch_size_per_device * world_size:
             raise DataError(
                 f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s); "
                 "lower --data.batch_size_per_device (and --global_batch_size)."
+            )
+        shards, readers = self.train_shards, world_size * max(1, self.num_workers or 0)
+        if shards is not None and len(shards.urls) < readers:
+            raise DataError(
+                f"{len(shards.urls)} shard(s) are fewer than the {readers} processes that read them. Make smaller ones "
+                "(tools/make_shards.py --images_per_shard), or lower --data.num_workers."
             )
 
     def check_method(self, method: Any) -> None:
@@ -190,7 +211,10 @@ class ImageData(LightningDataModule):
         self.check_batch(self.trainer.world_size if self.trainer else 1)
 
     def _workers(self) -> int:
-        return loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
+        workers = loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
+        if self.train_shards is None or self.num_workers is not None:
+            return workers
+        return min(workers, len(self.train_shards.urls) // (self.trainer.world_size if self.trainer else 1))
 
     def _dataset(self, images: LightlyDataset, transform: Callable[[Image.Image], Any]) -> SeededDataset:
         return SeededDataset(images, transform, self.seed, self._indices[id(images)], self.on_bad_image)
@@ -202,11 +226,23 @@ class ImageData(LightningDataModule):
         length = min(length, limit) if isinstance(limit, int) else int(length * limit)
         return divmod(trained_batches(self.trainer), max(1, length))
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return batches of (views, labels, filenames), as lightly's methods take them."""
+    def train_dataloader(self) -> ResumableLoader | ShardLoader:
+        """Return batches of (views, labels, filenames), of which the pipeline's last part is still to be done."""
         assert self.trainer is not None
-        workers, method = self._workers(), self.trainer.lightning_module
+        workers, method, rank = self._workers(), self.trainer.lightning_module, self.trainer.global_rank
         self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        if self.train_shards is not None:
+            shards = ShardDataset(
+                self.train_shards,
+                self._pipeline,
+                self.batch_size_per_device,
+                self.seed,
+                rank,
+                self.trainer.world_size,
+                self.shuffle_buffer,
+                self.on_bad_image,
+            )
+            return ShardLoader(shards, self._position, workers)
         dataset = self._dataset(self.train_images, method.train_transform())
         if self.pipeline != "pil":
             dataset = FileDataset(self.train_images, self._pipeline, self.seed, dataset.indices, self.on_bad_image)
@@ -214,7 +250,7 @@ class ImageData(LightningDataModule):
             len(dataset),
             self.batch_size_per_device,
             self.seed,
-            self.trainer.global_rank,
+            rank,
             self.trainer.world_size,
             self._position,
         )
@@ -226,6 +262,43 @@ class ImageData(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def training_data(self) -> dict[str, Any]:
+        """Return what a run's summary says about the training images: where, how many, and which."""
+        if self.train_shards is not None:
+            shards = self.train_shards
+            return {"train_dir": shards.source, "train_images": len(shards), "train_fingerprint": shards.fingerprint}
+        images = self.train_images
+        assert images is not None
+        return {
+            "train_dir": str(images.input_dir),
+            "train_images": len(images),
+            "train_fingerprint": fingerprint(images),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of images in shards depends on, besides the seed."""
+        if self.train_shards is None or self.trainer is None:
+            return {}
+        return {
+            "world_size": self.trainer.world_size,
+            "data.num_workers": self._workers(),
+            "data.batch_size_per_device": self.batch_size_per_device,
+            "data.shuffle_buffer": self.shuffle_buffer,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn if the order of images in shards cannot go on as it was."""
+        changed = [
+            f"{name} {now} instead of {state_dict[name]}"
+            for name, now in self.state_dict().items()
+            if state_dict.get(name, now) != now
+        ]
+        if changed:
+            rank_zero_warn(
+                f"Resumed with {', '.join(changed)}: the rest of this epoch is in another order, in which some images "
+                "come twice and others not at all."
+            )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Do the device's part of the pipeline; the method gets (views, labels, filenames) as from PIL."""
