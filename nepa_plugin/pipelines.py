@@ -56,8 +56,9 @@ def _file(data: Tensor) -> io.BytesIO:
 
 
 def _normalised(pixels: Tensor, augmentation: CropFlip) -> Tensor:
-    scaled = F.to_dtype(pixels.contiguous(), torch.float32, scale=pixels.dtype is torch.uint8)
-    return F.normalize(scaled, list(augmentation.mean), list(augmentation.std))
+    """Return pixels (B, 3, H, W) from 0 to 255 as ``ToTensor`` and ``Normalize`` do, with one copy."""
+    scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
+    return F.normalize(scaled, list(augmentation.mean), list(augmentation.std), inplace=True)
 
 
 class PilPipeline:
@@ -183,7 +184,7 @@ class DevicePipeline(TensorPipeline):
             crops.append(pixels[i][:, top : top + height, left : left + width])
         augmentation = self.augmentation
         resized = resize_crops(crops, views.table[:, -1].bool(), augmentation.size, augmentation.interpolation)
-        return [_normalised(resized / 255, augmentation)]
+        return [_normalised(resized, augmentation)]
 
 
 def _decode_jpegs(data: list[Tensor], device: torch.device, names: list[str]) -> list[Tensor]:
