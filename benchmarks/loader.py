@@ -11,7 +11,6 @@ Files are read more than once, so from memory: what a disk or network adds is no
 
 import argparse
 import io
-import json
 import statistics
 import tempfile
 import time
@@ -165,9 +164,12 @@ def main() -> None:
     Console().print(table)
     print(f"{len(images)} images of {statistics.mean(sizes) / 1000:.0f} KB; batches of {args.batch_size}; one core")
     if args.out:
-        about = {"images": args.images or "made up", "mean_bytes": statistics.mean(sizes), "rounds": args.rounds}
+        about = {
+            "images": Path(args.images).name if args.images else "made up",
+            "mean_bytes": statistics.mean(sizes),
+            "rounds": args.rounds,
+        }
         write_json(args.out, {"loaders": result, **about, "batch_size": args.batch_size, **provenance()})
-        print(json.dumps(about))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ All three draw the same crops and flips for the same (seed, epoch, index); only 
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -191,8 +192,8 @@ def _decode_jpegs(data: list[Tensor], device: torch.device, names: list[str]) ->
     if device.type == "cuda" and data:
         try:
             return cast(list[Tensor], torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB, device))
-        except RuntimeError:  # one of them, or too little memory; the CPU decoder finds out which
-            pass
+        except RuntimeError as error:  # one of the images, or the decoder itself
+            warnings.warn(f"nvJPEG failed on a batch, which the CPU decodes instead: {error}", stacklevel=1)
     decoded = []
     for image, name in zip(data, names, strict=True):
         try:

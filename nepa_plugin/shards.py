@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from nepa_plugin.files import IMAGE_EXTENSIONS
 from nepa_plugin.pipelines import PilPipeline
-from nepa_plugin.samples import DataError
+from nepa_plugin.samples import DataError, ResumableLoader
 
 INDEX = "index.json"
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
@@ -248,10 +248,8 @@ class ShardDataset(IterableDataset[Any]):
             yield self.pipeline.view(image, (self.seed, epoch, index)), label, name
 
 
-class ShardLoader:
+class ShardLoader(ResumableLoader):
     """Batches of a :class:`ShardDataset`, from where the run has got to.
-
-    No ``DataLoader``, whose length would be wrong where samples are streamed.
 
     Args:
         dataset: The samples.
@@ -260,9 +258,7 @@ class ShardLoader:
     """
 
     def __init__(self, dataset: ShardDataset, position: Callable[[int], tuple[int, int]], num_workers: int = 0) -> None:
-        self._dataset = dataset
-        self._position = position
-        self._loader = DataLoader(
+        super().__init__(
             dataset,
             batch_size=dataset.batch_size,
             collate_fn=dataset.pipeline.collate,
@@ -270,17 +266,13 @@ class ShardLoader:
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self.position = position
+        # Lightning warns of loader processes that all read the same; these do not.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
 
     def __len__(self) -> int:
-        return self._dataset.batches
+        return int(self.dataset.batches)  # type: ignore[attr-defined]
 
-    def __iter__(self) -> Iterator[Any]:
-        self._dataset.position[:] = torch.tensor(self._position(len(self)))  # not before the first batch is asked for
-        yield from self._loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the position is in the trainer's progress, which Lightning saves."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing, see :meth:`state_dict`."""
+    def __iter__(self) -> Any:
+        self.dataset.position[:] = torch.tensor(self.position(len(self)))  # type: ignore[attr-defined]
+        yield from super().__iter__()
