@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from nepa_plugin.resample import resize_crops
-from nepa_plugin.samples import DataError, SeededDataset, seeded, torch_seeded
+from nepa_plugin.samples import DataError, SeededDataset, generators_of, torch_seeded
 from nepa_plugin.transforms import CropFlip, crop_flip
 
 PipelineName = Literal["pil", "tensor", "device"]
@@ -73,6 +73,7 @@ class PilPipeline:
 
     def __init__(self, transform: Callable[[Image.Image], list[Tensor]]) -> None:
         self.transform = transform
+        self.seeded = generators_of(transform)
 
     def load(self, data: Tensor) -> Any:
         """Return the image in a file's bytes (N,)."""
@@ -81,7 +82,7 @@ class PilPipeline:
 
     def view(self, image: Any, key: ViewKey) -> Any:
         """Return the image's part of a batch; ``key`` is (seed, epoch, index)."""
-        with seeded(*key):
+        with self.seeded(*key):
             return self.transform(image)
 
     def finish(self, views: Any, device: torch.device, filenames: list[str]) -> list[Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader, Dataset
+
+from nepa_plugin.transforms import crop_flip
 
 SampleKey = tuple[int, int]  # (epoch, index)
 
@@ -50,6 +52,11 @@ def seeded(*key: int) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+def generators_of(transform: Any) -> Callable[..., AbstractContextManager[None]]:
+    """Return what seeds the generators that a transform draws from: NEPA's own draws from torch's alone, faster."""
+    return torch_seeded if crop_flip(transform) is not None else seeded
+
+
 class SeededDataset(Dataset[tuple[Any, int, str]]):
     """A view of a ``LightlyDataset`` whose augmentation depends on (seed, epoch, index) only.
 
@@ -74,6 +81,7 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
         self.seed = seed
         self.indices = indices
         self.on_bad_image = on_bad_image
+        self.seeded = generators_of(transform)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -85,7 +93,7 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
 
     def view(self, image: Any, key: tuple[int, int, int]) -> Any:
         """Return the augmented image; ``key`` is (seed, epoch, index)."""
-        with seeded(*key):
+        with self.seeded(*key):
             return self.transform(image)
 
     def __getitem__(self, key: SampleKey | int) -> tuple[Any, int, str]:

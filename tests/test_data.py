@@ -136,6 +136,17 @@ def test_the_generators_are_restored_after_an_error(folder):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_transform_that_draws_from_python_and_numpy_is_seeded_too(folder):
+    def drawing(image):
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()], dtype=torch.float64)
+
+    data = SeededDataset(LightlyDataset(str(folder)), drawing, seed=7, indices=list(range(8)))
+    first = data[1, 2][0]
+    random.seed(5)
+    assert torch.equal(data[1, 2][0], first)
+    assert (data[1, 3][0] != first).all()
+
+
 def test_a_file_that_became_unreadable(dataset, folder):
     (folder / "a" / "1.png").write_text("gone")
     with pytest.raises(DataError, match=r"a/1\.png cannot be read"):

@@ -150,7 +150,7 @@ def test_missing_shards(packed, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty holds no \.tar file"):
         open_shards(str(tmp_path / "empty"))
-    with pytest.raises(DataError, match=r"The shard pipe:cat /nowhere/a\.tar .* cannot be read: .*exit 1"):
+    with pytest.raises(DataError, match=r"The shard pipe:cat /nowhere/a\.tar .* cannot be read"):
         list(read_shard("pipe:cat /nowhere/a.tar 2>/dev/null"))
 
 
