@@ -34,7 +34,7 @@ from nepa_plugin.checkpoints import (
 )
 from nepa_plugin.configs import read_config
 from nepa_plugin.curves import plot_training
-from nepa_plugin.data import DataError, ImageData, fingerprint
+from nepa_plugin.data import DataError, ImageData
 from nepa_plugin.devices import check_compiler, resolve_devices
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
@@ -245,6 +245,7 @@ class PretrainCLI(LightningCLI):
         if isinstance(self.trainer.strategy, ShardedStrategy):
             check_shardable(self.model)
         if _is_rank_zero():
+            self.datamodule.check_method(self.model)
             skipped = self.datamodule.check_images()
             if skipped:
                 rank_zero_info(f"Skipped {skipped} file(s) that cannot be read as images.")
@@ -292,13 +293,11 @@ class PretrainCLI(LightningCLI):
 
     def _summary(self) -> dict[str, Any]:
         """Return what a comparison of runs reads, and what it takes to repeat this one."""
-        config, clock, images = self.config, self.clock, self.datamodule.train_images
+        config, clock = self.config, self.clock
         return {
             "method": self.method,
             "seed": config.seed_everything,
-            "train_dir": str(images.input_dir),
-            "train_images": len(images),
-            "train_fingerprint": fingerprint(images),
+            **self.datamodule.training_data(),
             "epochs": self.trainer.current_epoch,
             "steps": self.trainer.global_step,
             "global_batch_size": self.model.global_batch_size,

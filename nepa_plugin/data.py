@@ -1,117 +1,37 @@
-"""Images in: the data module, the transforms, and the embedded demo images.
+"""Images in: the data module, the loaders of evaluation, and the embedded demo images.
 
 Every random choice about a sample (its place in the epoch, its crop, its flip) is a function of (seed, epoch, index).
 A resumed run therefore sees exactly what an uninterrupted one sees, whatever the number of workers.
 """
 
-import hashlib
-import json
 import os
-import random
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightly.data import LightlyDataset
-from lightly.data.multi_view_collate import MultiViewCollate
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pytorch_lightning import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms as T
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
 
 from nepa_plugin.digits import TRAINING_DIGITS, digit_images
-from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-SampleKey = tuple[int, int]  # (epoch, index)
-
-
-class DataError(ValueError):
-    """The images cannot be used; the message names the file or folder and says what to do."""
-
-
-# -- transforms --------------------------------------------------------------------------------------------------------
-
-
-class NEPATransform:
-    """The published pretraining augmentation: one view by random resized crop and horizontal flip.
-
-    Source: RandomResizedCrop with torchvision's default scale, bilinear, flip, mean = std = 0.5 (arXiv 2512.16922).
-
-    Args:
-        input_size: Side of the view in pixels, or (height, width).
-        scale: Range of the crop's area as a fraction of the image.
-        hflip_prob: Probability of a horizontal flip.
-        mean: Per-channel mean to subtract, for values in [0, 1].
-        std: Per-channel standard deviation to divide by.
-    """
-
-    def __init__(
-        self,
-        input_size: int | tuple[int, int] = 224,
-        scale: tuple[float, float] = (0.08, 1.0),
-        hflip_prob: float = 0.5,
-        mean: tuple[float, ...] = NEPA_MEAN,
-        std: tuple[float, ...] = NEPA_STD,
-    ) -> None:
-        size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        self.transform = T.Compose(
-            [
-                T.RandomResizedCrop(size, scale=tuple(scale), interpolation=T.InterpolationMode.BILINEAR),
-                T.RandomHorizontalFlip(hflip_prob),
-                T.ToTensor(),
-                T.Normalize(mean, std),
-            ]
-        )
-
-    def __call__(self, image: Image.Image) -> list[Tensor]:
-        """Return a list with the one view (3, H, W), as lightly's transforms do."""
-        return [self.transform(image)]
-
-
-def eval_transform(
-    input_size: int | tuple[int, int] = 224,
-    crop_pct: float = 0.875,
-    mean: tuple[float, ...] = NEPA_MEAN,
-    std: tuple[float, ...] = NEPA_STD,
-) -> Callable[[Image.Image], Tensor]:
-    """Return the evaluation transform: resize the shorter side, centre crop, normalise.
-
-    Args:
-        input_size: Side of the crop in pixels, or (height, width).
-        crop_pct: Crop over resized side; 0.875 gives the usual 256 -> 224.
-        mean: Per-channel mean.
-        std: Per-channel standard deviation.
-
-    Returns:
-        A function from a PIL image to a tensor (3, H, W).
-    """
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    resize = round(max(size) / crop_pct)
-    return T.Compose(
-        [
-            T.Resize(resize, interpolation=T.InterpolationMode.BICUBIC),
-            T.CenterCrop(size),
-            T.ToTensor(),
-            T.Normalize(mean, std),
-        ]
-    )
-
-
-# -- the embedded images -----------------------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """Return the folder for derived data: ``$NEPA_PLUGIN_CACHE``, by default ``~/.cache/nepa_plugin``."""
-    return Path(os.environ.get("NEPA_PLUGIN_CACHE") or Path.home() / ".cache" / "nepa_plugin")
+from nepa_plugin.files import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from nepa_plugin.files import cache_dir as cache_dir
+from nepa_plugin.files import class_names, find_bad_images, image_folder
+from nepa_plugin.files import files_signature as files_signature
+from nepa_plugin.files import fingerprint as fingerprint
+from nepa_plugin.pipelines import FileDataset, PipelineName, build_pipeline
+from nepa_plugin.samples import DataError as DataError
+from nepa_plugin.samples import EpochBatchSampler as EpochBatchSampler
+from nepa_plugin.samples import ResumableLoader as ResumableLoader
+from nepa_plugin.samples import SeededDataset as SeededDataset
+from nepa_plugin.shards import ShardDataset, ShardLoader, open_shards
+from nepa_plugin.transforms import NEPATransform as NEPATransform
+from nepa_plugin.transforms import eval_transform as eval_transform
 
 
 def digits_folder(root: str | Path | None = None) -> Path:
@@ -141,233 +61,6 @@ def digits_folder(root: str | Path | None = None) -> Path:
     return target
 
 
-# -- checking files ----------------------------------------------------------------------------------------------------
-
-
-def _is_bad_image(path: str) -> bool:
-    """Whether a file is no readable image. Decodes it only if the end of the file looks cut off."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(4)
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 16))
-            tail = file.read()
-        complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in tail) or (head == b"\x89PNG" and b"IEND" in tail)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:  # parses the header
-                if not complete:
-                    image.load()
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return True
-    return False
-
-
-def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
-    """Return those of ``files`` (relative to ``root``) that cannot be read as images.
-
-    The result is kept in :func:`cache_dir` and reused as long as names, sizes and times of the files are the same.
-
-    Args:
-        root: The image folder.
-        files: Paths relative to it.
-
-    Returns:
-        The unreadable ones, in order.
-    """
-    root = Path(root).resolve()
-    signature, record = files_signature(root, files), _check_record(root)
-    if record.is_file():
-        known = json.loads(record.read_text())
-        if known["signature"] == signature:
-            return list(known["bad"])
-    with _file_threads() as pool:
-        flags = pool.map(lambda file: _is_bad_image(str(root / file)), files)
-        bad = [file for file, is_bad in zip(files, flags, strict=True) if is_bad]
-    record.parent.mkdir(parents=True, exist_ok=True)
-    tmp = record.with_suffix(f".{os.getpid()}")
-    tmp.write_text(json.dumps({"root": str(root), "signature": signature, "bad": bad}))
-    tmp.replace(record)
-    return bad
-
-
-def files_signature(root: str | Path, files: list[str], times: bool = True) -> str:
-    """Return a SHA-256 of files' names and sizes and, unless ``times`` is off, of when they were changed."""
-    root = Path(root)
-
-    def stat(file: str) -> tuple[str | int, ...]:
-        info = (root / file).stat()
-        return (file, info.st_size, info.st_mtime_ns) if times else (file, info.st_size)
-
-    with _file_threads() as pool:
-        return hashlib.sha256(repr(list(pool.map(stat, files))).encode()).hexdigest()
-
-
-def _file_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
-
-
-def fingerprint(images: LightlyDataset) -> str:
-    """Return a hash of the names and sizes of a dataset's files: equal for copies, different for other images."""
-    return files_signature(images.input_dir or ".", sorted(images.get_filenames()), times=False)[:16]
-
-
-def _check_record(root: Path) -> Path:
-    return cache_dir() / "checked" / (hashlib.sha256(str(root).encode()).hexdigest()[:24] + ".json")
-
-
-def image_folder(root: str | Path, what: str = "data.train_dir") -> LightlyDataset:
-    """Open an image folder as lightly reads it: with a sub-folder per class, or flat.
-
-    Args:
-        root: The folder.
-        what: What to call the folder's option in an error.
-
-    Returns:
-        The dataset of (image, class index, filename).
-
-    Raises:
-        DataError: If the folder is missing or holds no image.
-    """
-    path = Path(root)
-    if not path.is_dir():
-        raise DataError(f"{what}: no folder at {path}. Give a folder of images, with one sub-folder per class or flat.")
-    if not any(f.lower().endswith(IMAGE_EXTENSIONS) for _, _, files in os.walk(path) for f in files):
-        raise DataError(f"{what}: {path} holds no image. Known extensions: {', '.join(IMAGE_EXTENSIONS)}.")
-    try:
-        return LightlyDataset(str(path))
-    except (FileNotFoundError, RuntimeError) as error:
-        raise DataError(f"{what}: {path} cannot be read as an image folder: {error}") from error
-
-
-# -- samples and their order -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Make the global CPU generators a function of ``key`` inside the block, and as before after it."""
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-class SeededDataset(Dataset[tuple[Any, int, str]]):
-    """A view of a ``LightlyDataset`` whose augmentation depends on (seed, epoch, index) only.
-
-    Args:
-        dataset: The images.
-        transform: From a PIL image to a tensor, or a list of views.
-        seed: Seed of the run.
-        indices: The images to use, by index into ``dataset``.
-        on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
-    """
-
-    def __init__(
-        self,
-        dataset: LightlyDataset,
-        transform: Callable[[Image.Image], Any],
-        seed: int,
-        indices: list[int],
-        on_bad_image: str = "error",
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.indices = indices
-        self.on_bad_image = on_bad_image
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: SampleKey | int) -> tuple[Any, int, str]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        for offset in range(len(self)):
-            position = self.indices[(index + offset) % len(self)]
-            try:
-                image, target, filename = self.dataset[position]
-            except (OSError, SyntaxError, ValueError) as error:
-                name = self.dataset.index_to_filename(self.dataset.dataset, position)
-                if self.on_bad_image == "skip":
-                    warnings.warn(f"Skipped {name}, which became unreadable: {error}", stacklevel=1)
-                    continue
-                raise DataError(f"{Path(self.dataset.input_dir or '.') / name} cannot be read: {error}") from error
-            with _seeded(self.seed, epoch, index):
-                return self.transform(image), target, filename
-        raise DataError(f"{self.dataset.input_dir} holds no readable image.")
-
-
-class EpochBatchSampler:
-    """Batches of (epoch, index) keys: a shuffle per epoch, split over processes, that can start anywhere.
-
-    Batch s of rank r holds positions ``(s * world_size + r) * batch_size ...`` of the epoch's permutation, so that
-    the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
-    incomplete global batch of an epoch is dropped.
-
-    Args:
-        num_samples: Size of the dataset.
-        batch_size: Batch size per device.
-        seed: Seed of the run.
-        rank: This process.
-        world_size: Number of processes.
-        position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        position: Callable[[int], tuple[int, int]] = lambda length: (0, 0),
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.position = position
-
-    def __len__(self) -> int:
-        return self.num_samples // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        epoch, start = self.position(len(self))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.num_samples, generator=generator)
-
-        def batches() -> Iterator[list[SampleKey]]:
-            for step in range(start, len(self)):
-                first = (step * self.world_size + self.rank) * self.batch_size
-                yield [(epoch, i) for i in order[first : first + self.batch_size].tolist()]
-
-        return batches()
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A ``DataLoader`` whose batch sampler knows where to go on; tells Lightning so by having a (stateless) state."""
-
-    def __iter__(self) -> Any:
-        # Lightning asks for an iterator before it restores its progress from a checkpoint. Nothing may be decided, and
-        # no worker may prefetch, until the first batch is asked for.
-        yield from super().__iter__()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the position is in the trainer's progress, which Lightning saves."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing, see :meth:`state_dict`."""
-
-
 def loader_workers(num_workers: int | None, processes: int) -> int:
     """Return the loader processes of each of ``processes`` here: what is given, else their share of the cores."""
     if num_workers is not None:
@@ -392,8 +85,14 @@ class ImageData(LightningDataModule):
         num_workers: Loader processes per device; by default the cores divided by the devices on this machine, at most
             16, and none where there are two cores or fewer.
         crop_pct: Centre crop over resized side of the validation images.
+        train_shards: Training images packed into tar files, instead of ``train_dir``: a folder of them, or a pattern of
+            paths, URLs or a ``pipe:`` command as webdataset takes it, such as ``images-{000000..000146}.tar``.
+        shuffle_buffer: Images of shards to shuffle among in each loader process; they are kept as files.
         on_bad_image: ``"error"`` stops before training if a file is no readable image; ``"skip"`` leaves such files
             out and counts them.
+        pipeline: How training images become views: ``"pil"``; ``"tensor"``, faster, on uint8 tensors in the loader; or
+            ``"device"``, where the loader only reads files and all else is batched on the device. The last two are for
+            methods whose augmentation is one random crop and flip.
         seed: Seed of the order and the augmentation; the command sets it to ``seed_everything``.
     """
 
@@ -406,29 +105,41 @@ class ImageData(LightningDataModule):
         num_workers: int | None = None,
         crop_pct: float = 0.875,
         on_bad_image: Literal["error", "skip"] = "error",
+        pipeline: PipelineName = "pil",
+        train_shards: str | None = None,
+        shuffle_buffer: int = 1000,
         seed: int = 1337,
     ) -> None:
         super().__init__()
-        if train_dir is None and demo is None:
+        if train_dir is None and train_shards is None and demo is None:
             raise DataError("data.train_dir is not set: give a folder of images, or --data.demo digits.")
+        if train_dir is not None and train_shards is not None:
+            raise DataError("data.train_dir and data.train_shards are both set: give one of them.")
+        if shuffle_buffer < 1:
+            raise DataError(f"data.shuffle_buffer must be positive, got {shuffle_buffer}.")
         if batch_size_per_device < 1:
             raise DataError(f"data.batch_size_per_device must be positive, got {batch_size_per_device}.")
-        if train_dir is None:
+        if train_dir is None and train_shards is None:
             folder = digits_folder()
             train_dir, val_dir = str(folder / "train"), str(folder / "val")
         self.batch_size_per_device = batch_size_per_device
         self.num_workers = num_workers
         self.crop_pct = crop_pct
         self.on_bad_image = on_bad_image
+        self.pipeline = pipeline
+        self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.train_images = image_folder(train_dir, "data.train_dir")
+        self.train_shards = open_shards(train_shards) if train_shards else None
+        self.train_images = image_folder(train_dir, "data.train_dir") if train_dir else None
         self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
         self._indices: dict[int, list[int]] = {}
-        classes, val_classes = _classes(self.train_images), _classes(self.val_images)
+        classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
+        val_classes = class_names(self.val_images)
         if val_classes and classes != val_classes:
             odd = sorted(set(classes) ^ set(val_classes))[:6]
             raise DataError(
-                f"data.val_dir has other classes than data.train_dir: {', '.join(odd)} only in one of them."
+                f"data.val_dir has other classes than data.{'train_shards' if train_shards else 'train_dir'}: "
+                f"{', '.join(odd)} only in one of them."
             )
         #: Number of classes; 0 where the folder has no labels.
         self.num_classes = len(classes) if len(classes) > 1 else 0
@@ -461,7 +172,7 @@ class ImageData(LightningDataModule):
         return skipped
 
     def check_batch(self, world_size: int) -> None:
-        """Check that there are enough images for one batch.
+        """Check that there are enough images for one batch, and enough shards for every process that reads them.
 
         Args:
             world_size: Number of devices.
@@ -469,12 +180,29 @@ class ImageData(LightningDataModule):
         Raises:
             DataError: If there are not.
         """
-        used = len(self._indices[id(self.train_images)])
+        used = len(self.train_shards or self._indices[id(self.train_images)])
         if used < self.batch_size_per_device * world_size:
             raise DataError(
                 f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s); "
                 "lower --data.batch_size_per_device (and --global_batch_size)."
             )
+        shards, readers = self.train_shards, world_size * max(1, self.num_workers or 0)
+        if shards is not None and len(shards.urls) < readers:
+            raise DataError(
+                f"{len(shards.urls)} shard(s) are fewer than the {readers} processes that read them. Make smaller ones "
+                "(tools/make_shards.py --images_per_shard), or lower --data.num_workers."
+            )
+
+    def check_method(self, method: Any) -> None:
+        """Check that the method's augmentation can go through the pipeline.
+
+        Args:
+            method: A :class:`~nepa_plugin.methods.Method`.
+
+        Raises:
+            DataError: If it cannot.
+        """
+        build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
 
     def setup(self, stage: str) -> None:
         """Learn which images are used; the record of rank zero's check makes this quick on the others."""
@@ -483,7 +211,10 @@ class ImageData(LightningDataModule):
         self.check_batch(self.trainer.world_size if self.trainer else 1)
 
     def _workers(self) -> int:
-        return loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
+        workers = loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
+        if self.train_shards is None or self.num_workers is not None:
+            return workers
+        return min(workers, len(self.train_shards.urls) // (self.trainer.world_size if self.trainer else 1))
 
     def _dataset(self, images: LightlyDataset, transform: Callable[[Image.Image], Any]) -> SeededDataset:
         return SeededDataset(images, transform, self.seed, self._indices[id(images)], self.on_bad_image)
@@ -495,27 +226,87 @@ class ImageData(LightningDataModule):
         length = min(length, limit) if isinstance(limit, int) else int(length * limit)
         return divmod(trained_batches(self.trainer), max(1, length))
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Return batches of (views, labels, filenames), as lightly's methods take them."""
+    def train_dataloader(self) -> ResumableLoader | ShardLoader:
+        """Return batches of (views, labels, filenames), of which the pipeline's last part is still to be done."""
         assert self.trainer is not None
-        workers = self._workers()
-        dataset = self._dataset(self.train_images, self.trainer.lightning_module.train_transform())
+        workers, method, rank = self._workers(), self.trainer.lightning_module, self.trainer.global_rank
+        self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        if self.train_shards is not None:
+            shards = ShardDataset(
+                self.train_shards,
+                self._pipeline,
+                self.batch_size_per_device,
+                self.seed,
+                rank,
+                self.trainer.world_size,
+                self.shuffle_buffer,
+                self.on_bad_image,
+            )
+            return ShardLoader(shards, self._position, workers)
+        dataset = self._dataset(self.train_images, method.train_transform())
+        if self.pipeline != "pil":
+            dataset = FileDataset(self.train_images, self._pipeline, self.seed, dataset.indices, self.on_bad_image)
         sampler = EpochBatchSampler(
             len(dataset),
             self.batch_size_per_device,
             self.seed,
-            self.trainer.global_rank,
+            rank,
             self.trainer.world_size,
             self._position,
         )
         return ResumableLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=MultiViewCollate(),
+            collate_fn=self._pipeline.collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def training_data(self) -> dict[str, Any]:
+        """Return what a run's summary says about the training images: where, how many, and which."""
+        if self.train_shards is not None:
+            shards = self.train_shards
+            return {"train_dir": shards.source, "train_images": len(shards), "train_fingerprint": shards.fingerprint}
+        images = self.train_images
+        assert images is not None
+        return {
+            "train_dir": str(images.input_dir),
+            "train_images": len(images),
+            "train_fingerprint": fingerprint(images),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of images in shards depends on, besides the seed."""
+        if self.train_shards is None or self.trainer is None:
+            return {}
+        return {
+            "world_size": self.trainer.world_size,
+            "data.num_workers": self._workers(),
+            "data.batch_size_per_device": self.batch_size_per_device,
+            "data.shuffle_buffer": self.shuffle_buffer,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn if the order of images in shards cannot go on as it was."""
+        changed = [
+            f"{name} {now} instead of {state_dict[name]}"
+            for name, now in self.state_dict().items()
+            if state_dict.get(name, now) != now
+        ]
+        if changed:
+            rank_zero_warn(
+                f"Resumed with {', '.join(changed)}: the rest of this epoch is in another order, in which some images "
+                "come twice and others not at all."
+            )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do the device's part of the pipeline; the method gets (views, labels, filenames) as from PIL."""
+        if self.pipeline == "pil" or self.trainer is None or not self.trainer.training:
+            return batch
+        views, labels, filenames = batch
+        batch = [self._pipeline.finish(views, labels.device, filenames), labels, filenames]
+        return self.trainer.precision_plugin.convert_input(batch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return batches of (images, labels, filenames); every image once, whatever the number of processes."""
@@ -556,7 +347,7 @@ def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDatase
     """
     folders = evaluation_folders(source)
     train, val = image_folder(folders[0], "training images"), image_folder(folders[1], "validation images")
-    classes, val_classes = _classes(train), _classes(val)
+    classes, val_classes = class_names(train), class_names(val)
     if not classes:
         raise DataError(f"{folders[0]} has no classes: evaluation needs one sub-folder per class.")
     if len(classes) < 2:
@@ -604,7 +395,3 @@ def evaluation_loaders(
     transform = eval_transform(image_size(model), evaluation_crop(model, crop_pct), config["mean"], config["std"])
     train_set, val_set = (SeededDataset(d, transform, 0, list(range(len(d)))) for d in images)
     return DataLoader(train_set, batch_size=batch_size), DataLoader(val_set, batch_size=batch_size)
-
-
-def _classes(images: LightlyDataset | None) -> list[str]:
-    return list(getattr(images.dataset, "classes", [])) if images is not None else []

@@ -10,7 +10,7 @@ import torch
 from lightly.data import LightlyDataset
 from PIL import Image
 
-import nepa_plugin.data
+import nepa_plugin.files
 from nepa_plugin.data import (
     DataError,
     EpochBatchSampler,
@@ -19,8 +19,8 @@ from nepa_plugin.data import (
     SeededDataset,
     digits_folder,
     eval_transform,
-    find_bad_images,
 )
+from nepa_plugin.files import find_bad_images
 
 
 def picture(seed=0, size=(40, 48)):
@@ -136,6 +136,17 @@ def test_the_generators_are_restored_after_an_error(folder):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_transform_that_draws_from_python_and_numpy_is_seeded_too(folder):
+    def drawing(image):
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()], dtype=torch.float64)
+
+    data = SeededDataset(LightlyDataset(str(folder)), drawing, seed=7, indices=list(range(8)))
+    first = data[1, 2][0]
+    random.seed(5)
+    assert torch.equal(data[1, 2][0], first)
+    assert (data[1, 3][0] != first).all()
+
+
 def test_a_file_that_became_unreadable(dataset, folder):
     (folder / "a" / "1.png").write_text("gone")
     with pytest.raises(DataError, match=r"a/1\.png cannot be read"):
@@ -207,13 +218,13 @@ def mixed(tmp_path, monkeypatch):
     whole = (root / "good.jpg").read_bytes()
     (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "text.png").write_text("not an image")
-    opened, original = Counter(), nepa_plugin.data._is_bad_image
+    opened, original = Counter(), nepa_plugin.files._is_bad_image
 
     def counting(path):
         opened[path.rsplit("/", 1)[-1]] += 1
         return original(path)
 
-    monkeypatch.setattr(nepa_plugin.data, "_is_bad_image", counting)
+    monkeypatch.setattr(nepa_plugin.files, "_is_bad_image", counting)
     monkeypatch.setenv("NEPA_PLUGIN_CACHE", str(tmp_path / "cache"))
     return root, opened
 
