@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import timm
 from pytorch_lightning import LightningModule
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.callbacks import Callback
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from nepa_plugin.averaging import FusedEMA
 from nepa_plugin.checkpoints import backbone_config
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.runtime import Runtime, quiet
@@ -238,7 +239,7 @@ class Finetune(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Average the weights; the average is what is scored."""
-        return [EMAWeightAveraging(decay=self.options.ema_decay)] if self.options.ema_decay else []
+        return [FusedEMA(self.options.ema_decay)] if self.options.ema_decay else []
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with layer-wise decay, and each group's warm-up and cosine."""
