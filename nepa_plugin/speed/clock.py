@@ -1,5 +1,8 @@
 """Marks in a training step, in device time on CUDA, and what lies between them."""
 
+import contextlib
+import ctypes
+import gc
 import re
 import statistics
 import time
@@ -152,6 +155,15 @@ class PeakMemory:
         except OSError:
             return False
         return True
+
+    @staticmethod
+    def release() -> None:
+        """Give memory that is free back to the system, so that a later peak is not that of an earlier case."""
+        gc.collect()  # modules and their trainers refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        with contextlib.suppress(OSError, AttributeError):  # glibc keeps it for the process otherwise
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
     def bytes(self) -> int | None:
         """Return the peak in bytes, or nothing where the system does not tell."""

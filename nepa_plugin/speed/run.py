@@ -1,6 +1,5 @@
 """Time training steps: contenders side by side, in turns, and a table of what came out."""
 
-import gc
 import itertools
 import logging
 import statistics
@@ -229,14 +228,14 @@ def benchmark(
     flops: dict[Case, float] = {}
     for case in chosen:
         flops[case] = flops_per_image(case)
-        gc.collect()
+        PeakMemory.release()
     peaks: dict[str, float] = {}
     turns: dict[Case, list[list[dict[str, float]]]] = {case: [] for case in chosen}
     memory: dict[Case, int | None] = {}
     for turn, case in itertools.product(range(options.rounds), chosen):
         # the peak is that of the same minutes, and the best of all rounds
         peaks[str(case.dtype)] = max(peaks.get(str(case.dtype), 0.0), matrix_peak(device, case.dtype, repeats=5))
-        gc.collect()  # modules and their trainers refer to each other; the turn before must not count as this one's
+        PeakMemory.release()
         with _quiet():
             steps, peak_memory = (time_plain if case.contender == PLAIN else time_method)(case, options)
         turns[case].append(steps)
