@@ -1,3 +1,4 @@
+import mmap
 import time
 
 import pytest
@@ -44,7 +45,8 @@ def test_peak_memory_sees_what_was_freed():
     before = peak.bytes()
     if before is None:
         pytest.skip("this system does not reset its high-water mark")
-    block = torch.ones(50_000_000)
-    del block
+    # Pages of the system's own: the allocator may serve a tensor from memory that earlier tests left resident.
+    with mmap.mmap(-1, 200_000_000) as pages:
+        torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
     assert 0.9 * 200e6 < peak.bytes() - before < 1.2 * 200e6
-    assert PeakMemory(CPU).bytes() < peak.bytes() + 1 and PeakMemory(CPU).bytes() - before < 100e6
+    assert PeakMemory(CPU).bytes() - before < 100e6
