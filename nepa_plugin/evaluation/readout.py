@@ -89,7 +89,7 @@ def readout_figure(rows_by_model: Mapping[str, list[ReadoutRow]], path: str | Pa
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
     styles = ["-", "--", ":"]
@@ -104,5 +104,6 @@ def readout_figure(rows_by_model: Mapping[str, list[ReadoutRow]], path: str | Pa
         axis.tick_params(axis="x", rotation=45)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 accuracy, %")
-    axes[-1].legend(fontsize="small")
+    # Beside the axes: the lines end anywhere between chance and 100 %, so no corner is free of them.
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
