@@ -51,6 +51,7 @@ def several(request, tmp_path_factory):
         short(folder / "ddp", 128 // n),
         short(folder / "accumulated", 64 // n, accumulate=2),
         short(folder / "fsdp", 128 // n, *fsdp),
+        short(folder / "fsdp-checkpointed", 128 // n, *fsdp, "--model.grad_checkpointing", "true"),
         short(folder / "wide", 128 // n, *WIDE),
         arguments(folder / "long", "--data.batch_size_per_device", 128 // n, *LOGGED, *fsdp, *callbacks()),
     ]
@@ -86,7 +87,7 @@ def assert_same_state(run_dir, reference, atol):
             torch.testing.assert_close(after["state"][i][name], value, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("run", ["ddp", "accumulated", "fsdp"])
+@pytest.mark.parametrize("run", ["ddp", "accumulated", "fsdp", "fsdp-checkpointed"])
 def test_losses_and_gradients_are_those_of_one_process(run, several, single):
     n, folder = several
     reference = single / ("accumulated" if run == "accumulated" else "ddp")
