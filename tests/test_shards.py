@@ -1,9 +1,13 @@
 """Shards: each image once per epoch, on one rank, in an order that a resumed run goes on with."""
 
 import json
+import shutil
 import sys
 import tarfile
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -129,6 +133,32 @@ def test_patterns_and_commands(packed, source):
     assert shards.counts == [7] * 6 + [6] and shards.classes == ["a", "b"]
     assert shards.fingerprint == open_shards(str(packed)).fingerprint
     assert sorted(flat(loader(source.format(packed), workers=2))) == [f"{i:09d}.jpg" for i in range(48)]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http by curl")
+def test_shards_on_a_web_server(copy, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(copy)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/images-{{000000..000006}}.tar"
+        for rank in range(2):  # two ranks of two loader processes: pieces begin and end within a shard
+            options = {"position": (1, 2), "workers": 2, "rank": rank, "world_size": 2}
+            assert names(loader(url, **options)) == names(loader(copy, **options))
+        assert open_shards(url).fingerprint == open_shards(str(copy)).fingerprint
+        (copy / "images-000003.tar").unlink()
+        with pytest.raises(DataError, match=r"The shard http.*images-000003\.tar cannot be read"):
+            list(loader(url))
+        with pytest.raises(DataError, match=r"nowhere/index\.json is no index of shards"):
+            open_shards(url.replace("/images", "/nowhere/images"))
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_labels_and_classes(packed):
