@@ -122,10 +122,11 @@ def test_ddp_sends_every_gradient_once_per_step_and_nothing_else(run, batches, s
     assert counts == {"all_reduce unsigned char": {"calls": batches, "bytes": batches}}  # has any process got SIGTERM?
 
 
-def test_fsdp_gathers_every_weight_twice_and_reduces_its_gradient_once(several):
+@pytest.mark.parametrize("run", ["fsdp", "fsdp-checkpointed"])
+def test_fsdp_gathers_every_weight_twice_and_reduces_its_gradient_once(run, several):
     n, folder = several
-    counts = json.loads((folder / "fsdp" / "communication.json").read_text())
-    shapes = trainable_shapes(folder / "fsdp")
+    counts = json.loads((folder / run / "communication.json").read_text())
+    shapes = trainable_shapes(folder / run)
     padded = 4 * n * sum(math.ceil(s[0] / n) * math.prod(s[1:]) for s in shapes)  # to as many rows on every rank
     norms = 4 * (len(shapes) - 2)  # of each tensor but the probe's two, for clipping
     # two blocks of two parts, and the rest; gloo has no reduce-scatter and reduces all of it
