@@ -30,10 +30,10 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data import DataError, EpochBatchSampler, NEPATransform, SeededDataset, image_folder
-from nepa_plugin.packing import make_shards
-from nepa_plugin.pipelines import FileDataset, PilPipeline, build_pipeline, decode
-from nepa_plugin.provenance import provenance, write_json
-from nepa_plugin.shards import ShardDataset, ShardLoader, open_shards
+from nepa_plugin.data.packing import make_shards
+from nepa_plugin.data.pipelines import FileDataset, PilPipeline, build_pipeline, decode
+from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
+from nepa_plugin.runtime.provenance import provenance, write_json
 
 SIZE, KILOBYTES = (470, 390), 108  # ImageNet-1K: mean width, height and file size
 

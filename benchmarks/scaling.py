@@ -11,7 +11,7 @@ computation; what does not fit into that time, and the last bucket, come on top.
 from rich.console import Console
 from rich.table import Table
 
-from nepa_plugin.predictor import MODEL_SIZES
+from nepa_plugin.models import MODEL_SIZES
 from nepa_plugin.speed import Case, vit_training_flops
 
 PEAK = 700e12  # bf16 matrix products of an H100 SXM; take what tools/benchmark.py measures on yours

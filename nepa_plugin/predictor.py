@@ -1,4 +1,4 @@
-"""The NEPA predictor: a causal Vision Transformer on timm's ``Eva``, and its timm model names.
+"""The NEPA predictor: a causal Vision Transformer on timm's ``Eva``.
 
 Architecture: NEPA, arXiv 2512.16922, section 3. Everything except the attention mode, the affine-free QK-norm, the
 initialisation and the joint (embeddings, predictions) forward pass is timm's.
@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, RotaryEmbeddingDinoV3, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._input import update_model_args
 from timm.models._manipulate import checkpoint
-from timm.models.eva import Eva, checkpoint_filter_fn
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 AttentionMode = Literal["causal", "bidirectional"]
@@ -370,116 +369,3 @@ def _check_divisible(img_size: Sequence[int], patch_size: Sequence[int]) -> None
             f"Image size {tuple(img_size)} is not divisible by patch size {tuple(patch_size)}; the nearest size that "
             f"is: {nearest}. Change img_size or patch_size, or ask for dynamic_img_pad=True or dynamic_img_resize=True."
         )
-
-
-# -- timm names --------------------------------------------------------------------------------------------------------
-
-
-def default_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Return timm's description of a model's images: 224 pixels, mean = std = 0.5."""
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": NEPA_MEAN,
-        "std": NEPA_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
-#: embed_dim, depth, num_heads: the usual ViT sizes; base and large are the published ones.
-MODEL_SIZES: dict[str, tuple[int, int, int]] = {
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-    "huge": (1280, 32, 16),
-}
-
-default_cfgs = generate_default_cfgs(
-    {f"nepa_vit_{size}_patch14{mlp}_224": default_cfg() for size in MODEL_SIZES for mlp in ("", "_swiglu")}
-)
-
-
-def _create(variant: str, size: str, swiglu: bool, pretrained: bool, **kwargs: Any) -> NepaViT:
-    embed_dim, depth, num_heads = MODEL_SIZES[size]
-    model_args: dict[str, Any] = {"patch_size": 14, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-    if swiglu:
-        # Two thirds of the GELU MLP's hidden size (rounded up to 64), so that both have the same number of parameters.
-        model_args |= {"swiglu_mlp": True, "mlp_ratio": math.ceil(embed_dim * 8 / 3 / 64) * 64 / embed_dim}
-    out_indices = kwargs.pop("out_indices", 3)
-    model: NepaViT = build_model_with_cfg(
-        NepaViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **(model_args | kwargs),
-    )
-    return model
-
-
-@register_model
-def nepa_vit_tiny_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-Ti/14 with GELU MLP."""
-    return _create("nepa_vit_tiny_patch14_224", "tiny", False, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_small_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-S/14 with GELU MLP."""
-    return _create("nepa_vit_small_patch14_224", "small", False, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_base_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-B/14 with GELU MLP: the architecture of the released base checkpoints."""
-    return _create("nepa_vit_base_patch14_224", "base", False, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_large_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-L/14 with GELU MLP: the architecture of the released large checkpoints."""
-    return _create("nepa_vit_large_patch14_224", "large", False, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_huge_patch14_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-H/14 with GELU MLP."""
-    return _create("nepa_vit_huge_patch14_224", "huge", False, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_tiny_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-Ti/14 with SwiGLU MLP."""
-    return _create("nepa_vit_tiny_patch14_swiglu_224", "tiny", True, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_small_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-S/14 with SwiGLU MLP."""
-    return _create("nepa_vit_small_patch14_swiglu_224", "small", True, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_base_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-B/14 with SwiGLU MLP, as in the paper's text."""
-    return _create("nepa_vit_base_patch14_swiglu_224", "base", True, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_large_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-L/14 with SwiGLU MLP, as in the paper's text."""
-    return _create("nepa_vit_large_patch14_swiglu_224", "large", True, pretrained, **kwargs)
-
-
-@register_model
-def nepa_vit_huge_patch14_swiglu_224(pretrained: bool = False, **kwargs: Any) -> NepaViT:
-    """NEPA predictor, ViT-H/14 with SwiGLU MLP."""
-    return _create("nepa_vit_huge_patch14_swiglu_224", "huge", True, pretrained, **kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from nepa_plugin.sharding import full_tensor, local_tensor
+from nepa_plugin.runtime.sharding import full_tensor, local_tensor
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "lightly_configs" / "nepa_demo.yaml"

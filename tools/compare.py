@@ -15,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from nepa_plugin.comparison import Comparison, ComparisonError, compare
+from nepa_plugin.comparison.report import accuracy_table, failures, write_report
 from nepa_plugin.evaluation import EvaluationOptions
-from nepa_plugin.report import accuracy_table, failures, write_report
 
 
 def main() -> None:

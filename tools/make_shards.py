@@ -9,7 +9,7 @@ The second form counts the images of shards that something else has made; put it
 import argparse
 import sys
 
-from nepa_plugin.packing import index_shards, make_shards
+from nepa_plugin.data.packing import index_shards, make_shards
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nepa_plugin.evaluation.features import FrozenFeatures, frozen
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
-from nepa_plugin.evaluation.runtime import Runtime, quiet
+from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.scoring import accuracies, score, scores
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nepa_plugin.checkpoints import CheckpointError, backbone_config
-from nepa_plugin.data import cache_dir, files_signature
+from nepa_plugin.data.cache import cache_dir
+from nepa_plugin.data.files import files_signature
 
 FORMAT = 1  # raise it when features of the same key would differ
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from nepa_plugin.averaging import FusedEMA
 from nepa_plugin.checkpoints import backbone_config
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
-from nepa_plugin.evaluation.runtime import Runtime, quiet
+from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.scoring import accuracies, score, scores
 from nepa_plugin.predictor import NepaViT
+from nepa_plugin.runtime.averaging import FusedEMA
 
 
 @dataclass

@@ -9,21 +9,18 @@ import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
-from nepa_plugin.data import (
+from nepa_plugin.data.evaluation import evaluation_crop, evaluation_images, image_size
+from nepa_plugin.data.files import find_bad_images
+from nepa_plugin.data.samples import (
     DataError,
     EpochBatchSampler,
-    NEPATransform,
     ResumableLoader,
     SeededDataset,
-    eval_transform,
-    evaluation_crop,
-    evaluation_images,
-    find_bad_images,
-    image_size,
     loader_workers,
     trained_batches,
 )
-from nepa_plugin.evaluation.runtime import Runtime
+from nepa_plugin.data.transforms import NEPATransform, eval_transform
+from nepa_plugin.evaluation.processes import Runtime
 
 Split = Literal["train", "val"]
 

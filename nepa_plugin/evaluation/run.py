@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from nepa_plugin.checkpoints import save_backbone, untrained_like
-from nepa_plugin.data import DataError
+from nepa_plugin.data.samples import DataError
 from nepa_plugin.evaluation.attentive import TokenSet, attentive_probe, attentive_probe_tokens
 from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.cache import FeatureCache, files_hash, model_description, weights_hash
@@ -34,9 +34,9 @@ from nepa_plugin.evaluation.images import ImageFormat, Images, Split, open_image
 from nepa_plugin.evaluation.knn import knn_accuracy
 from nepa_plugin.evaluation.linear import linear_probe, logistic_probe
 from nepa_plugin.evaluation.options import EvaluationOptions
+from nepa_plugin.evaluation.processes import Runtime, environment, find_devices, launch
 from nepa_plugin.evaluation.readout import readout, readout_figure
 from nepa_plugin.evaluation.results import check_same_data, read_results, readout_rows, write_results
-from nepa_plugin.evaluation.runtime import Runtime, environment, find_devices, launch
 from nepa_plugin.predictor import NepaViT
 
 PROTOCOLS = ("knn", "linear", "attentive", "finetune", "readout")

@@ -16,8 +16,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-import nepa_plugin.data
-from nepa_plugin.averaging import FusedEMA
 from nepa_plugin.checkpoints import (
     BACKBONE_CONFIG_KEY,
     BACKBONE_PREFIX_KEY,
@@ -25,7 +23,9 @@ from nepa_plugin.checkpoints import (
     load_weights,
     read_checkpoint,
 )
-from nepa_plugin.sharding import ShardedStrategy, full_tensor
+from nepa_plugin.data.transforms import eval_transform
+from nepa_plugin.runtime.averaging import FusedEMA
+from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensor
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
@@ -200,7 +200,7 @@ class Method(LightningModule):
 
     def eval_transform(self, crop_pct: float = 0.875) -> Callable[[Image.Image], Tensor]:
         """Return the evaluation transform that fits :meth:`train_transform`'s size and normalisation."""
-        return nepa_plugin.data.eval_transform(self.img_size, crop_pct, self.mean, self.std)
+        return eval_transform(self.img_size, crop_pct, self.mean, self.std)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from nepa_plugin.analysis.collapse import effective_rank, mean_pairwise_cosine
-from nepa_plugin.data import NEPATransform
+from nepa_plugin.data.transforms import NEPATransform
 from nepa_plugin.loss import NextEmbeddingLoss
 from nepa_plugin.methods.base import Method
 from nepa_plugin.predictor import NepaViT

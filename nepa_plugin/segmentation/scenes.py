@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nepa_plugin.digits import TRAINING_DIGITS, digit_images
+from nepa_plugin.data.digits import TRAINING_DIGITS, digit_images
 
 #: Classes in the order of the labels 1 to 11; label 0 is void, as in ADE20K.
 SCENE_CLASSES = ("background", *(f"digit {i}" for i in range(10)))

@@ -14,7 +14,7 @@ from torch import nn
 
 from nepa_plugin import methods
 from nepa_plugin.methods import Method
-from nepa_plugin.predictor import MODEL_SIZES
+from nepa_plugin.models import MODEL_SIZES
 
 #: The contender that is no method: timm's own ``Eva`` of the same size in a bare PyTorch loop.
 PLAIN = "timm"

@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from nepa_plugin.devices import resolve_devices
+from nepa_plugin.runtime.devices import resolve_devices
 from nepa_plugin.speed.cases import PLAIN, Case
 from nepa_plugin.speed.run import Options, RandomViews
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nepa_plugin.digits import digit_images
+from nepa_plugin.data.digits import digit_images
 from nepa_plugin.methods import Method
 
 GIB = 2**30

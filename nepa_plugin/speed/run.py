@@ -15,12 +15,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from nepa_plugin.data import ImageData
-from nepa_plugin.devices import check_compiler, resolve_devices
-from nepa_plugin.digits import digit_images
+from nepa_plugin.data.digits import digit_images
+from nepa_plugin.data.module import ImageData
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
-from nepa_plugin.provenance import provenance
+from nepa_plugin.runtime.devices import check_compiler, resolve_devices
+from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.speed.cases import PLAIN, Case
 from nepa_plugin.speed.clock import PHASES, ClockCallback, LastMark, PeakMemory, StepClock, TimedLoss, median_phases
 from nepa_plugin.speed.flops import matrix_peak, vit_training_flops

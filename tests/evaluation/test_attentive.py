@@ -3,7 +3,7 @@ import torch
 
 from nepa_plugin.evaluation import AttentiveOptions, attentive_probe_tokens
 from nepa_plugin.evaluation.attentive import AttentivePool, TokenSet
-from nepa_plugin.evaluation.runtime import Runtime
+from nepa_plugin.evaluation.processes import Runtime
 
 CPU = Runtime("cpu", 1, torch.device("cpu"))
 

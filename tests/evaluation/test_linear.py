@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nepa_plugin.evaluation import LinearOptions, logistic_probe
 from nepa_plugin.evaluation.linear import LinearProbe
-from nepa_plugin.evaluation.runtime import Runtime, quiet
+from nepa_plugin.evaluation.processes import Runtime, quiet
 
 
 @pytest.fixture(autouse=True)

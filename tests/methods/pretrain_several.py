@@ -4,7 +4,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-from nepa_plugin.cli import main
+from nepa_plugin.training.cli import main
 
 if __name__ == "__main__":
     base = Path(__file__).parents[2] / "lightly_configs" / "base.yaml"

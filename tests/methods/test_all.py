@@ -16,10 +16,10 @@ import yaml
 import nepa_plugin
 from nepa_plugin import methods
 from nepa_plugin.checkpoints import untrained_like
-from nepa_plugin.cli import main
 from nepa_plugin.data import evaluation_loaders
 from nepa_plugin.evaluation import extract_depth_features, knn_accuracy, logistic_probe
 from nepa_plugin.methods.momentum import MomentumMethod
+from nepa_plugin.training.cli import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nepa_plugin import methods
-from nepa_plugin.cli import main
-from nepa_plugin.configs import read_config
-from nepa_plugin.curves import read_metrics
-from nepa_plugin.digits import digit_images
+from nepa_plugin.data.digits import digit_images
 from nepa_plugin.loss import NextEmbeddingLoss
 from nepa_plugin.methods import NEPA
+from nepa_plugin.training.cli import main
+from nepa_plugin.training.configs import read_config
+from nepa_plugin.training.curves import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "lightly_configs"
 NAMES = ["nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae", "ijepa", "aim", "ibot"]

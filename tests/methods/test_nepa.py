@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import nepa_plugin
-from nepa_plugin.cli import main
 from nepa_plugin.data import evaluation_loaders
 from nepa_plugin.evaluation import extract_depth_features, logistic_probe
 from nepa_plugin.methods import NEPA
+from nepa_plugin.training.cli import main
 
 CONFIGS = Path(__file__).parents[2] / "lightly_configs"
 SIZE = {"embed_dim": 64, "depth": 2, "num_heads": 2}

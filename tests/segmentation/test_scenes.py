@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("mmseg")
-from nepa_plugin.digits import TRAINING_DIGITS, digit_images
+from nepa_plugin.data.digits import TRAINING_DIGITS, digit_images
 from nepa_plugin.segmentation.scenes import SCENE_CLASSES, digit_scenes
 
 

@@ -1,0 +1,281 @@
+"""The data module: image folders, shards and the embedded digits for Lightning's loop.
+
+Every random choice about a sample (its place in the epoch, its crop, its flip) is a function of (seed, epoch, index).
+A resumed run therefore sees exactly what an uninterrupted one sees, whatever the number of workers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightly.data import LightlyDataset
+from PIL import Image
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from nepa_plugin.data.digits import digits_folder
+from nepa_plugin.data.files import class_names, find_bad_images, fingerprint, image_folder
+from nepa_plugin.data.pipelines import FileDataset, PipelineName, build_pipeline
+from nepa_plugin.data.samples import (
+    DataError,
+    EpochBatchSampler,
+    ResumableLoader,
+    SeededDataset,
+    loader_workers,
+    trained_batches,
+)
+from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
+
+
+class ImageData(LightningDataModule):
+    """Folders of images for any of the methods, read by lightly.
+
+    Args:
+        train_dir: Folder of training images: one sub-folder per class (ImageNet style), or flat (no labels).
+        val_dir: Folder of validation images for the online probe, with the same classes. Optional.
+        demo: ``"digits"`` uses scikit-learn's bundled handwritten digits instead of folders.
+        batch_size_per_device: Images per device and forward pass.
+        num_workers: Loader processes per device; by default the cores divided by the devices on this machine, at most
+            16, and none where there are two cores or fewer.
+        crop_pct: Centre crop over resized side of the validation images.
+        train_shards: Training images packed into tar files, instead of ``train_dir``: a folder of them, or a pattern of
+            paths, URLs or a ``pipe:`` command as webdataset takes it, such as ``images-{000000..000146}.tar``.
+        shuffle_buffer: Images of shards to shuffle among in each loader process; they are kept as files.
+        on_bad_image: ``"error"`` stops before training if a file is no readable image; ``"skip"`` leaves such files
+            out and counts them.
+        pipeline: How training images become views: ``"pil"``; ``"tensor"``, faster, on uint8 tensors in the loader; or
+            ``"device"``, where the loader only reads files and all else is batched on the device. The last two are for
+            methods whose augmentation is one random crop and flip.
+        seed: Seed of the order and the augmentation; the command sets it to ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        train_dir: str | None = None,
+        val_dir: str | None = None,
+        demo: Literal["digits"] | None = None,
+        batch_size_per_device: int = 256,
+        num_workers: int | None = None,
+        crop_pct: float = 0.875,
+        on_bad_image: Literal["error", "skip"] = "error",
+        pipeline: PipelineName = "pil",
+        train_shards: str | None = None,
+        shuffle_buffer: int = 1000,
+        seed: int = 1337,
+    ) -> None:
+        super().__init__()
+        if train_dir is None and train_shards is None and demo is None:
+            raise DataError("data.train_dir is not set: give a folder of images, or --data.demo digits.")
+        if train_dir is not None and train_shards is not None:
+            raise DataError("data.train_dir and data.train_shards are both set: give one of them.")
+        if shuffle_buffer < 1:
+            raise DataError(f"data.shuffle_buffer must be positive, got {shuffle_buffer}.")
+        if batch_size_per_device < 1:
+            raise DataError(f"data.batch_size_per_device must be positive, got {batch_size_per_device}.")
+        if train_dir is None and train_shards is None:
+            folder = digits_folder()
+            train_dir, val_dir = str(folder / "train"), str(folder / "val")
+        self.batch_size_per_device = batch_size_per_device
+        self.num_workers = num_workers
+        self.crop_pct = crop_pct
+        self.on_bad_image = on_bad_image
+        self.pipeline = pipeline
+        self.shuffle_buffer = shuffle_buffer
+        self.seed = seed
+        self.train_shards = open_shards(train_shards) if train_shards else None
+        self.train_images = image_folder(train_dir, "data.train_dir") if train_dir else None
+        self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
+        self._indices: dict[int, list[int]] = {}
+        classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
+        val_classes = class_names(self.val_images)
+        if val_classes and classes != val_classes:
+            odd = sorted(set(classes) ^ set(val_classes))[:6]
+            raise DataError(
+                f"data.val_dir has other classes than data.{'train_shards' if train_shards else 'train_dir'}: "
+                f"{', '.join(odd)} only in one of them."
+            )
+        #: Number of classes; 0 where the folder has no labels.
+        self.num_classes = len(classes) if len(classes) > 1 else 0
+
+    def check_images(self) -> int:
+        """Find unreadable files before anything long starts.
+
+        Returns:
+            How many are skipped.
+
+        Raises:
+            DataError: If there are any and ``on_bad_image`` is ``"error"``, or if no image is left.
+        """
+        skipped = 0
+        for images in (self.train_images, self.val_images):
+            if images is None:
+                continue
+            files = images.get_filenames()
+            bad = set(find_bad_images(images.input_dir, files))
+            if bad and self.on_bad_image == "error":
+                names = ", ".join(str(Path(images.input_dir) / f) for f in sorted(bad)[:5])
+                raise DataError(
+                    f"{len(bad)} file(s) cannot be read as images: {names}{' ...' if len(bad) > 5 else ''}. Remove or "
+                    "repair them, or pass --data.on_bad_image skip."
+                )
+            self._indices[id(images)] = [i for i, file in enumerate(files) if file not in bad]
+            if not self._indices[id(images)]:
+                raise DataError(f"{images.input_dir} holds no readable image.")
+            skipped += len(bad)
+        return skipped
+
+    def check_batch(self, world_size: int) -> None:
+        """Check that there are enough images for one batch, and enough shards for every process that reads them.
+
+        Args:
+            world_size: Number of devices.
+
+        Raises:
+            DataError: If there are not.
+        """
+        used = len(self.train_shards or self._indices[id(self.train_images)])
+        if used < self.batch_size_per_device * world_size:
+            raise DataError(
+                f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s); "
+                "lower --data.batch_size_per_device (and --global_batch_size)."
+            )
+        shards, readers = self.train_shards, world_size * max(1, self.num_workers or 0)
+        if shards is not None and len(shards.urls) < readers:
+            raise DataError(
+                f"{len(shards.urls)} shard(s) are fewer than the {readers} processes that read them. Make smaller ones "
+                "(tools/make_shards.py --images_per_shard), or lower --data.num_workers."
+            )
+
+    def check_method(self, method: Any) -> None:
+        """Check that the method's augmentation can go through the pipeline.
+
+        Args:
+            method: A :class:`~nepa_plugin.methods.Method`.
+
+        Raises:
+            DataError: If it cannot.
+        """
+        build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+
+    def setup(self, stage: str) -> None:
+        """Learn which images are used; the record of rank zero's check makes this quick on the others."""
+        if not self._indices:
+            self.check_images()
+        self.check_batch(self.trainer.world_size if self.trainer else 1)
+
+    def _workers(self) -> int:
+        workers = loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
+        if self.train_shards is None or self.num_workers is not None:
+            return workers
+        return min(workers, len(self.train_shards.urls) // (self.trainer.world_size if self.trainer else 1))
+
+    def _dataset(self, images: LightlyDataset, transform: Callable[[Image.Image], Any]) -> SeededDataset:
+        return SeededDataset(images, transform, self.seed, self._indices[id(images)], self.on_bad_image)
+
+    def _position(self, length: int) -> tuple[int, int]:
+        """Return (epoch, batch) to go on at. Lightning's count of finished batches survives every kind of restart."""
+        assert self.trainer is not None
+        limit = self.trainer.limit_train_batches
+        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+        return divmod(trained_batches(self.trainer), max(1, length))
+
+    def train_dataloader(self) -> ResumableLoader | ShardLoader:
+        """Return batches of (views, labels, filenames), of which the pipeline's last part is still to be done."""
+        assert self.trainer is not None
+        workers, method, rank = self._workers(), self.trainer.lightning_module, self.trainer.global_rank
+        self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        if self.train_shards is not None:
+            shards = ShardDataset(
+                self.train_shards,
+                self._pipeline,
+                self.batch_size_per_device,
+                self.seed,
+                rank,
+                self.trainer.world_size,
+                self.shuffle_buffer,
+                self.on_bad_image,
+            )
+            return ShardLoader(shards, self._position, workers)
+        dataset = self._dataset(self.train_images, method.train_transform())
+        if self.pipeline != "pil":
+            dataset = FileDataset(self.train_images, self._pipeline, self.seed, dataset.indices, self.on_bad_image)
+        sampler = EpochBatchSampler(
+            len(dataset),
+            self.batch_size_per_device,
+            self.seed,
+            rank,
+            self.trainer.world_size,
+            self._position,
+        )
+        return ResumableLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self._pipeline.collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def training_data(self) -> dict[str, Any]:
+        """Return what a run's summary says about the training images: where, how many, and which."""
+        if self.train_shards is not None:
+            shards = self.train_shards
+            return {"train_dir": shards.source, "train_images": len(shards), "train_fingerprint": shards.fingerprint}
+        images = self.train_images
+        assert images is not None
+        return {
+            "train_dir": str(images.input_dir),
+            "train_images": len(images),
+            "train_fingerprint": fingerprint(images),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of images in shards depends on, besides the seed."""
+        if self.train_shards is None or self.trainer is None:
+            return {}
+        return {
+            "world_size": self.trainer.world_size,
+            "data.num_workers": self._workers(),
+            "data.batch_size_per_device": self.batch_size_per_device,
+            "data.shuffle_buffer": self.shuffle_buffer,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn if the order of images in shards cannot go on as it was."""
+        changed = [
+            f"{name} {now} instead of {state_dict[name]}"
+            for name, now in self.state_dict().items()
+            if state_dict.get(name, now) != now
+        ]
+        if changed:
+            rank_zero_warn(
+                f"Resumed with {', '.join(changed)}: the rest of this epoch is in another order, in which some images "
+                "come twice and others not at all."
+            )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do the device's part of the pipeline; the method gets (views, labels, filenames) as from PIL."""
+        if self.pipeline == "pil" or self.trainer is None or not self.trainer.training:
+            return batch
+        views, labels, filenames = batch
+        batch = [self._pipeline.finish(views, labels.device, filenames), labels, filenames]
+        return self.trainer.precision_plugin.convert_input(batch)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return batches of (images, labels, filenames); every image once, whatever the number of processes."""
+        if self.val_images is None or self.num_classes == 0:
+            return []
+        assert self.trainer is not None
+        transform = self.trainer.lightning_module.eval_transform(self.crop_pct)
+        dataset = self._dataset(self.val_images, transform)
+        dataset.indices = dataset.indices[self.trainer.global_rank :: self.trainer.world_size]
+        workers = self._workers()
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size_per_device,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

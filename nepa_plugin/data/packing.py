@@ -1,0 +1,96 @@
+"""Image folders into shards: tar files for webdataset, and the index that training reads."""
+
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from nepa_plugin.data.files import class_names, find_bad_images, image_folder
+from nepa_plugin.runtime.provenance import write_json
+from nepa_plugin.data.samples import DataError
+from nepa_plugin.data.shards import INDEX, import_webdataset, read_shard, shard_name, shard_urls
+
+
+def make_shards(
+    folder: str | Path, out: str | Path, images_per_shard: int = 1000, seed: int = 0, skip_bad: bool = False
+) -> dict[str, Any]:
+    """Pack an image folder into ``images-000000.tar`` and so on, in random order, and ``index.json``.
+
+    The order is random because training shuffles shards, and images only within a buffer. Files are stored as they are.
+
+    Args:
+        folder: Images: one sub-folder per class, or flat (no labels).
+        out: Folder to create.
+        images_per_shard: Images in each; at least as many shards as loader processes over all devices are needed.
+        seed: Seed of the order.
+        skip_bad: Leave out files that are no readable images, instead of refusing.
+
+    Returns:
+        The index: ``shards`` (``name`` and number of ``images`` of each), ``images``, and the names of the ``classes``.
+
+    Raises:
+        DataError: If there is no image, a file is unreadable, or ``out`` exists.
+    """
+    images, target = image_folder(folder, "make_shards"), Path(out)
+    if images_per_shard < 1:
+        raise DataError(f"images_per_shard must be positive, got {images_per_shard}.")
+    if target.exists():
+        raise DataError(f"{target} exists. Choose another folder for the shards, or remove it.")
+    bad = set(find_bad_images(folder, images.get_filenames()))
+    if bad and not skip_bad:
+        raise DataError(
+            f"{len(bad)} file(s) cannot be read as images, first {Path(folder) / min(bad)}. Remove or repair them, or "
+            "pass --skip_bad."
+        )
+    samples = [
+        sample for sample, name in zip(images.dataset.samples, images.get_filenames(), strict=True) if name not in bad
+    ]
+    if not samples:
+        raise DataError(f"{folder} holds no readable image.")
+    random.Random(seed).shuffle(samples)
+    webdataset = import_webdataset()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))  # what is there is always complete
+    try:
+        pattern = str(tmp / "images-%06d.tar")
+        with webdataset.ShardWriter(pattern, images_per_shard, float("inf"), verbose=0, mtime=0) as writer:
+            for i, (path, label) in enumerate(samples):
+                suffix = Path(path).suffix[1:].lower()
+                writer.write({"__key__": f"{i:09d}", suffix: Path(path).read_bytes(), "cls": str(label).encode()})
+        names = sorted(path.name for path in tmp.iterdir())
+        counts = [min(images_per_shard, len(samples) - i * images_per_shard) for i in range(len(names))]
+        index = _index(dict(zip(names, counts, strict=True)), class_names(images))
+        write_json(tmp / INDEX, index)
+        tmp.chmod(0o755)
+        tmp.rename(target)
+    except BaseException:
+        shutil.rmtree(tmp)
+        raise
+    return index
+
+
+def index_shards(source: str, out: str | Path) -> dict[str, Any]:
+    """Write the index of shards that something else has made, by reading them through once; it has no class names.
+
+    Args:
+        source: Folder, pattern, URL or ``pipe:`` command of shards.
+        out: The file to write; training looks for it as ``index.json`` beside the shards.
+
+    Returns:
+        The index.
+
+    Raises:
+        DataError: If a shard is missing or unreadable, or ``out`` exists.
+    """
+    urls = shard_urls(source)
+    if Path(out).exists():
+        raise DataError(f"{out} exists. Choose another file for the index, or remove it.")
+    index = _index({shard_name(url): sum(1 for _ in read_shard(url)) for url in urls}, [])
+    write_json(out, index)
+    return index
+
+
+def _index(counts: dict[str, int], classes: list[str]) -> dict[str, Any]:
+    shards = [{"name": name, "images": count} for name, count in counts.items()]
+    return {"shards": shards, "images": sum(counts.values()), "classes": classes}

@@ -1,0 +1,278 @@
+"""Packed shards: training images read one after the other from tar files, with webdataset."""
+
+import hashlib
+import json
+import re
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from nepa_plugin.data.files import IMAGE_EXTENSIONS
+from nepa_plugin.data.pipelines import PilPipeline
+from nepa_plugin.data.samples import DataError, ResumableLoader
+
+INDEX = "index.json"
+READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Shards and what their index says about them.
+
+    Attributes:
+        source: What the user gave.
+        urls: The shards, as webdataset opens them.
+        counts: Images in each.
+        classes: Names of the classes; none if there are no labels.
+    """
+
+    source: str
+    urls: list[str]
+    counts: list[int]
+    classes: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the shards' names and numbers of images."""
+        names = [(shard_name(url), count) for url, count in zip(self.urls, self.counts, strict=True)]
+        return hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+
+def import_webdataset() -> Any:
+    """Return webdataset, which is an extra.
+
+    Raises:
+        DataError: If it is not installed.
+    """
+    try:
+        import webdataset
+    except ModuleNotFoundError as error:
+        raise DataError("Shards need the webdataset package: pip install 'nepa-plugin[shards]'.") from error
+    return webdataset
+
+
+def shard_name(url: str) -> str:
+    """Return the file name of a shard in a path, a URL or a command."""
+    match = re.search(r"[^/\s]+\.tar\b", url)
+    return match.group() if match else url
+
+
+def shard_urls(source: str) -> list[str]:
+    """Return the shards that a folder, pattern, URL or ``pipe:`` command stands for.
+
+    Args:
+        source: A folder of ``.tar`` files, or what webdataset takes: ``{000..146}`` stands for numbers.
+
+    Returns:
+        Paths, URLs or commands.
+
+    Raises:
+        DataError: If there is none, or a local one is missing.
+    """
+    if Path(source).is_dir():
+        urls = sorted(str(path) for path in Path(source).glob("*.tar"))
+    else:
+        urls = list(import_webdataset().shardlists.expand_urls(source))
+    if not urls:
+        raise DataError(f"data.train_shards: {source} holds no .tar file. tools/make_shards.py packs an image folder.")
+    missing = [url for url in urls if not re.match(r"\w+:", url) and not Path(url).is_file()]
+    if missing:
+        raise DataError(f"data.train_shards: {len(missing)} of {len(urls)} shard(s) are missing, first {missing[0]}.")
+    return urls
+
+
+def open_shards(source: str) -> Shards:
+    """Open shards by the ``index.json`` beside them, which ``tools/make_shards.py`` writes.
+
+    Args:
+        source: As :func:`shard_urls` takes it.
+
+    Returns:
+        The shards.
+
+    Raises:
+        DataError: If a shard is missing or has no image, or the index is missing or another one's.
+    """
+    urls = shard_urls(source)
+    location = re.sub(r"[^/\s]+\.tar\b", INDEX, urls[0])
+    try:
+        with import_webdataset().gopen(location) as file:
+            index = json.loads(file.read())
+        counts = {shard["name"]: int(shard["images"]) for shard in index["shards"]}
+        classes = list(index["classes"])
+    except (*READ_ERRORS, KeyError, TypeError) as error:
+        raise DataError(
+            f"data.train_shards: {location} is no index of shards ({error}). tools/make_shards.py writes it with the "
+            "shards; for other shards, make_shards.py --index counts them."
+        ) from error
+    if unknown := [url for url in urls if shard_name(url) not in counts]:
+        raise DataError(f"data.train_shards: {location} does not list {unknown[0]}. Make the index anew.")
+    if empty := [url for url in urls if counts[shard_name(url)] < 1]:
+        raise DataError(f"data.train_shards: there is no image in {empty[0]}.")
+    return Shards(source, urls, [counts[shard_name(url)] for url in urls], classes)
+
+
+def read_shard(url: str) -> Iterator[tuple[str, bytes, int]]:
+    """Read the images of a shard from its start.
+
+    Args:
+        url: As webdataset opens it.
+
+    Yields:
+        Name in the shard, bytes of the image file, and class index (0 where there is none).
+
+    Raises:
+        DataError: If the shard cannot be read.
+    """
+    webdataset = import_webdataset()
+    try:
+        for sample in webdataset.tariterators.tarfile_samples([{"url": url}]):
+            suffix = next((key for key in sample if f".{key}" in IMAGE_EXTENSIONS), None)
+            if suffix is not None:
+                yield f"{sample['__key__']}.{suffix}", sample[suffix], int(sample.get("cls", 0))
+    except READ_ERRORS as error:
+        raise DataError(f"The shard {url} cannot be read: {error}") from error
+
+
+class ShardDataset(IterableDataset[Any]):
+    """The samples of one process, in an order that is a function of (seed, epoch).
+
+    The shards are shuffled and laid end to end. Each process, and each of its loader processes, reads an equal piece of
+    that row and shuffles it in a buffer. All processes get the same number of batches, and no image comes twice in an
+    epoch; the rest that fills no global batch, another one each epoch, is left out.
+
+    Args:
+        shards: The shards.
+        pipeline: What to do with an image file.
+        batch_size: Images per process and batch.
+        seed: Seed of the run.
+        rank: This process.
+        world_size: Number of processes.
+        shuffle_buffer: Images to shuffle among, in each loader process; they are kept as files.
+        on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        pipeline: PilPipeline,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer: int = 1000,
+        on_bad_image: str = "error",
+    ) -> None:
+        self.shards = shards
+        self.pipeline = pipeline
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle_buffer = shuffle_buffer
+        self.on_bad_image = on_bad_image
+        #: Batches of this process in an epoch.
+        self.batches = len(shards) // (batch_size * world_size)
+        #: Epoch, and batches of it to leave out; in shared memory, where loader processes that stay alive see it.
+        self.position: Tensor = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def __iter__(self) -> Iterator[tuple[Any, int, str]]:
+        epoch, start = self.position.tolist()
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # The loader takes a batch from each of its processes in turn, beginning with the first, also after a restart.
+        stream = (worker + start) % workers
+        lengths = [self.batch_size * len(range(i, self.batches, workers)) for i in range(workers)]
+        first = self.rank * self.batches * self.batch_size + sum(lengths[:stream])
+        rng = Random(repr((self.seed, epoch, self.rank, stream)))
+        files = self._read(epoch, first, first + lengths[stream])
+        shuffled = import_webdataset().filters.shuffle(self.shuffle_buffer, rng=rng)(files)
+        trained = self.batch_size * len(range(stream, start, workers))
+        yield from self._views(epoch, islice(shuffled, trained, None))
+
+    def _read(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, str, bytes, int]]:
+        """Yield (index, name, bytes, class) of images start to stop of the epoch's row of shards."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        counts = self.shards.counts
+        row = 0
+        for shard in torch.randperm(len(counts), generator=generator).tolist():
+            wanted = range(max(start - row, 0), min(stop - row, counts[shard]))
+            row += counts[shard]
+            if wanted:
+                yield from self._read_part(shard, wanted)
+
+    def _read_part(self, shard: int, wanted: range) -> Iterator[tuple[int, str, bytes, int]]:
+        url, before = self.shards.urls[shard], sum(self.shards.counts[:shard])
+        found = 0
+        for place, (name, data, label) in enumerate(islice(read_shard(url), wanted.stop)):
+            found = place + 1
+            if place >= wanted.start:
+                yield before + place, f"{url}/{name}", data, label
+        if found < wanted.stop:
+            raise DataError(f"{url} holds {found} images, fewer than its index says. Make the index anew.")
+
+    def _views(self, epoch: int, files: Iterator[tuple[int, str, bytes, int]]) -> Iterator[tuple[Any, int, str]]:
+        waiting: list[int] = []  # images that are unreadable, whose place the next one takes
+        sample: tuple[Any, int, str] | None = None
+        for index, name, data, label in files:
+            waiting.append(index)
+            try:
+                sample = self.pipeline.load(torch.frombuffer(bytearray(data), dtype=torch.uint8)), label, name
+            except (OSError, SyntaxError, ValueError) as error:
+                if self.on_bad_image != "skip":
+                    raise DataError(f"{name} cannot be read: {error}. --data.on_bad_image skip goes on.") from error
+                warnings.warn(f"Skipped {name}, which is unreadable: {error}", stacklevel=1)
+                continue
+            yield from self._augmented(epoch, waiting, sample)
+            waiting = []
+        if waiting:
+            if sample is None:
+                raise DataError(f"{self.shards.source}: the last images of epoch {epoch} are all unreadable.")
+            yield from self._augmented(epoch, waiting, sample)
+
+    def _augmented(self, epoch: int, indices: list[int], sample: Any) -> Iterator[tuple[Any, int, str]]:
+        image, label, name = sample
+        for index in indices:
+            yield self.pipeline.view(image, (self.seed, epoch, index)), label, name
+
+
+class ShardLoader(ResumableLoader):
+    """Batches of a :class:`ShardDataset`, from where the run has got to.
+
+    Args:
+        dataset: The samples.
+        position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
+        num_workers: Loader processes.
+    """
+
+    def __init__(self, dataset: ShardDataset, position: Callable[[int], tuple[int, int]], num_workers: int = 0) -> None:
+        super().__init__(
+            dataset,
+            batch_size=dataset.batch_size,
+            collate_fn=dataset.pipeline.collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.position = position
+        # Lightning warns of loader processes that all read the same; these do not.
+        warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+
+    def __len__(self) -> int:
+        return int(self.dataset.batches)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Any:
+        self.dataset.position[:] = torch.tensor(self.position(len(self)))  # type: ignore[attr-defined]
+        yield from super().__iter__()

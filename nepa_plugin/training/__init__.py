@@ -1,0 +1,1 @@
+"""The pretraining command: LightningCLI, its callbacks, and what a run folder holds."""

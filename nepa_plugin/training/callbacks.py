@@ -1,0 +1,168 @@
+"""What a run needs around Lightning: exact resume, one last checkpoint, logs that survive a restart."""
+
+import resource
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
+from nepa_plugin.data.samples import trained_batches
+
+
+class StepSeed(Callback):
+    """Make the random numbers of every training batch a function of the seed and the batch's number.
+
+    RoPE rescaling, dropout and stochastic depth are then the same in a resumed run as in one that was never stopped,
+    and, as with Lightning's ``seed_everything``, the same on every rank.
+
+    Args:
+        seed: Seed of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed the generators."""
+        torch.manual_seed((self.seed * 1_000_003 + trained_batches(trainer)) % 2**63)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep ``last.ckpt``: every n optimizer steps, at the end of each epoch, and on SIGTERM.
+
+    Only ever written between two optimizer steps, so that resuming from it is exact.
+
+    Args:
+        folder: Where ``last.ckpt`` goes.
+        every_n_steps: Optimizer steps between two checkpoints.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int) -> None:
+        super().__init__(
+            dirpath=str(folder),
+            filename="last",
+            save_top_k=1,
+            every_n_train_steps=every_n_steps,
+            enable_version_counter=False,
+        )
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what the epoch ended with."""
+        self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do nothing: the end of the last epoch is saved, and by now the averaged weights have been put in place."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save on SIGTERM, which Lightning raises between batches, unless gradients are being accumulated."""
+        if isinstance(exception, SIGTERMException) and not trainer.fit_loop._should_accumulate():
+            self._save(trainer)
+            rank_zero_info(f"Stopped by SIGTERM after step {trainer.global_step}; go on with --ckpt_path last.")
+
+
+class KeepingCSVLogger(CSVLogger):
+    """Lightning's ``CSVLogger``, except that a file from before the restart is continued instead of deleted."""
+
+    @property
+    def experiment(self) -> Any:
+        """The writer, with the rows of earlier runs still in the file."""
+        if self._experiment is not None:
+            return self._experiment
+        path = Path(self.log_dir) / "metrics.csv"
+        kept = path.with_name("metrics.previous.csv")
+        if path.is_file():
+            shutil.copyfile(path, kept)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*will be deleted.*")  # not here
+            experiment = super().experiment
+        if kept.is_file() and self._experiment is not None:
+            kept.replace(path)
+            with path.open() as file:
+                self._experiment.metrics_keys = file.readline().strip().split(",")
+        return experiment
+
+
+class RunClock(Callback):
+    """Measure a run over all its restarts: seconds of training without validation, images seen, peak memory."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.images = 0
+        self.peak_bytes = 0
+        self._started: float | None = None
+
+    def _stop(self) -> None:
+        if self._started is not None:
+            self.seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def _measure(self, trainer: Trainer) -> None:
+        if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peak_bytes = max(self.peak_bytes, int(peak))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images of the batch, over all devices."""
+        self.images += len(batch[1]) * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start it again."""
+        if not trainer.sanity_checking:
+            self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock for good."""
+        self._stop()
+        self._measure(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals so far, for the checkpoint."""
+        running = time.perf_counter() - self._started if self._started is not None else 0.0
+        return {"seconds": self.seconds + running, "images": self.images, "peak_bytes": self.peak_bytes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's totals."""
+        self.seconds, self.images = state_dict["seconds"], state_dict["images"]
+        self.peak_bytes = state_dict["peak_bytes"]
+
+
+class EpochLines(Callback):
+    """Print a line per epoch, where the output is no terminal and a progress bar would fill the log."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the epoch, its last loss and the speed."""
+        if not trainer.is_global_zero:
+            return
+        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        shown = {"train_loss": "loss", "val_online_cls_top1": "val top-1", "images_per_second": "images/s"}
+        values = [
+            f"{name} {float(trainer.callback_metrics[k]):.4g}"
+            for k, name in shown.items()
+            if k in trainer.callback_metrics
+        ]
+        print(f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {'  '.join(values)}", flush=True)

@@ -1,0 +1,398 @@
+"""The pretraining command: LightningCLI with a run folder, device and batch checks, and errors of one line."""
+
+import difflib
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+import torch.distributed as dist
+import yaml
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch.nn.parallel import DistributedDataParallel
+
+from nepa_plugin.checkpoints import (
+    CheckpointError,
+    backbone_config,
+    check_fit,
+    load_backbone,
+    read_checkpoint,
+    save_backbone,
+)
+from nepa_plugin.data.module import ImageData
+from nepa_plugin.data.samples import DataError
+from nepa_plugin.methods import Method
+from nepa_plugin.methods.cost import training_cost
+from nepa_plugin.runtime.devices import check_compiler, resolve_devices
+from nepa_plugin.runtime.provenance import provenance, write_json
+from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
+from nepa_plugin.training.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
+from nepa_plugin.training.configs import read_config
+from nepa_plugin.training.curves import plot_training
+from nepa_plugin.training.stopping import StopTogether
+
+
+class UsageError(ValueError):
+    """An option is wrong; the message says which and what to do."""
+
+
+class PretrainParser(LightningArgumentParser):
+    """A parser whose errors are one line, with the nearest valid key where a key is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Print the message, with a suggestion, and exit with status 2."""
+        sys.stderr.write(f"error: {explain(message, self._known_keys())}\n")
+        sys.exit(2)
+
+    def _known_keys(self) -> list[str]:
+        keys = {a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")}
+        for cls in [Method, *_subclasses(Method)]:
+            sub = LightningArgumentParser(add_help=False)
+            sub.add_class_arguments(cls, "model.init_args", fail_untyped=False)
+            keys |= {a.dest for a in sub._actions}
+        return sorted(keys)
+
+
+def _subclasses(cls: type) -> list[type]:
+    below: list[type] = cls.__subclasses__()
+    return below + [deeper for sub in below for deeper in _subclasses(sub)]
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def explain(message: str, known_keys: list[str]) -> str:
+    """Shorten jsonargparse's message to what the user can act on.
+
+    Args:
+        message: The parser's message.
+        known_keys: Every valid dotted key.
+
+    Returns:
+        One line; for an unknown key it names the nearest valid one.
+    """
+    text = " ".join(message.split())
+    unknown = (
+        re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+        or re.search(r"[Kk]ey ['\"]([\w.]+)['\"] (?:is not expected|does not exist|not accepted)", text)
+        or re.search(r"Option ['\"]([\w.]+)['\"] is not accepted", text)
+        or re.search(r"(?:does not accept|not accept) (?:option|nested key) ['\"]([\w.]+)['\"]", text)
+        or re.search(r"No action for key ['\"]([\w.]+)['\"]", text)
+    )
+    if not unknown:
+        return text
+    key = unknown.group(1)
+    group = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
+    if group:
+        key = f"{group.group(1)}.{key}"
+    elif "." not in key:  # jsonargparse names options of the method without their group
+        key = f"model.init_args.{key}"
+    elif key.startswith("model.") and not key.startswith("model.init_args."):
+        key = "model.init_args." + key.removeprefix("model.")
+    close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
+    if not close:  # the right option under the wrong group
+        close = [k for k in known_keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"; did you mean `{close[0]}`?" if close else "; see --help for all options."
+    return f"config key `{key}`: no such option{hint}"
+
+
+class PretrainCLI(LightningCLI):
+    """Train one method on image folders into one run folder. See ``tools/pretrain.py``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that belong to the run as a whole, and tie together what must agree."""
+        parser.add_argument(
+            "--run_dir",
+            type=Optional[str],
+            default=None,
+            help="Folder for everything the run writes. Default: runs/NAME_OF_THE_CONFIG.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=Optional[str],
+            default=None,
+            help="Resume: 'last' from the run folder's last.ckpt, 'auto' the same if there is one, or a .ckpt file.",
+        )
+        parser.add_argument(
+            "--global_batch_size",
+            type=Optional[int],
+            default=None,
+            help="Images per optimizer step over all devices, reached by accumulating gradients.",
+        )
+        parser.add_argument(
+            "--checkpoint_every_n_steps", type=int, default=1000, help="Optimizer steps between checkpoints."
+        )
+        parser.add_argument(
+            "--compile",
+            type=bool,
+            default=False,
+            help="Compile the transformer blocks and the loss with torch.compile.",
+        )
+        parser.link_arguments("data.batch_size_per_device", "model.init_args.batch_size_per_device")
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Check what can be checked without building anything."""
+        config = self.config
+        if config.run_dir is None:
+            named = [str(c) for c in config.get("config") or []]
+            config.run_dir = str(Path("runs") / (Path(named[-1]).stem if named else "pretrain"))
+        self.run_dir = Path(config.run_dir)
+        trainer = config.trainer
+        self.devices = resolve_devices(trainer.accelerator, trainer.devices)
+        self.resume_from = self._resume_from()
+        if config.global_batch_size is not None:
+            self._accumulate()
+
+    def _accumulate(self) -> None:
+        config = self.config
+        if config.trainer.accumulate_grad_batches != 1:
+            raise UsageError(
+                "trainer.accumulate_grad_batches follows from global_batch_size; to set it yourself, pass "
+                "--global_batch_size null."
+            )
+        per_device, world_size = config.data.batch_size_per_device, self.devices.count * config.trainer.num_nodes
+        accumulate, rest = divmod(config.global_batch_size, per_device * world_size)
+        if rest or not accumulate:
+            raise UsageError(
+                f"global_batch_size {config.global_batch_size} is not a multiple of {per_device} images per device x "
+                f"{world_size} device(s). Change --data.batch_size_per_device, or --global_batch_size to "
+                f"{max(1, round(config.global_batch_size / (per_device * world_size))) * per_device * world_size}."
+            )
+        self.accumulate = accumulate
+
+    def _resume_from(self) -> Path | None:
+        """Decide what to resume from, and refuse to write over another run."""
+        wanted, last = self.config.ckpt_path, self.run_dir / "checkpoints" / "last.ckpt"
+        if wanted in ("last", "auto"):
+            if last.is_file():
+                return last
+            if wanted == "last":
+                raise UsageError(f"--ckpt_path last: there is no {last}. Leave the option out to start a new run.")
+        resume = Path(wanted) if wanted not in (None, "last", "auto") else None
+        if resume is not None and not resume.is_file():
+            raise UsageError(f"--ckpt_path: no checkpoint at {resume}. Give a .ckpt file, 'last' or 'auto'.")
+        own = resume is not None and self.run_dir.resolve() in resume.resolve().parents
+        used = self.run_dir.is_dir() and any(self.run_dir.iterdir())
+        # Other ranks start after rank zero has written; 'auto' may find a run that died before its first checkpoint.
+        if used and not own and wanted != "auto" and _is_rank_zero():
+            raise UsageError(
+                f"The run folder {self.run_dir} exists. Choose another with --run_dir, or go on with --ckpt_path last."
+            )
+        return resume
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer: device, precision, loggers and callbacks that every run has."""
+        given = self._get(self.config_init, "trainer")
+        kwargs |= {
+            "accelerator": self.devices.accelerator,
+            "devices": self.devices.devices,
+            "precision": given.precision or ("bf16-mixed" if self.devices.accelerator == "cuda" else "32-true"),
+            "default_root_dir": str(self.run_dir),
+            "sync_batchnorm": given.sync_batchnorm or self.devices.accelerator == "cuda",  # there is none for the CPU
+            "use_distributed_sampler": False,  # the data module's sampler is one already, and can resume
+            "strategy": self._strategy(given.strategy),
+        }
+        if self.config.global_batch_size is not None:
+            kwargs["accumulate_grad_batches"] = self.accumulate
+        if given.logger in (None, True):
+            kwargs["logger"] = [
+                KeepingCSVLogger(str(self.run_dir), name="", version="", flush_logs_every_n_steps=1),
+                TensorBoardLogger(str(self.run_dir), name="tensorboard", version=""),
+            ]
+        self.clock = RunClock()
+        own = given.callbacks or []
+        callbacks = [*(own if isinstance(own, list) else [own]), self.clock]
+        callbacks += [
+            StepSeed(self.datamodule.seed),
+            StopTogether(),
+            LastCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every_n_steps),
+        ]
+        if given.enable_progress_bar in (None, True):
+            terminal = sys.stdout.isatty()
+            callbacks.append(RichProgressBar(refresh_rate=10, leave=False) if terminal else EpochLines())
+            kwargs["enable_progress_bar"] = terminal
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _strategy(self, given: str | Strategy) -> str | Strategy:
+        """Return what Lightning takes for ``--trainer.strategy``: its own names, but for these three."""
+        if given == "fsdp":
+            return ShardedStrategy()
+        several = self.devices.count * self.config.trainer.num_nodes > 1
+        if given == "ddp" or (given == "auto" and several):
+            # Buffers are BatchNorm's statistics and constants: training needs no broadcast of them in every step.
+            new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters  # its name since torch 2.14
+            buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+            return DDPStrategy(gradient_as_bucket_view=True, **buffers)
+        return given
+
+    def check(self) -> None:
+        """Check images and checkpoint before training."""
+        self.method = type(self.model).__name__  # sharding replaces the class
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            check_shardable(self.model)
+        if _is_rank_zero():
+            self.datamodule.check_method(self.model)
+            skipped = self.datamodule.check_images()
+            if skipped:
+                rank_zero_info(f"Skipped {skipped} file(s) that cannot be read as images.")
+            self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
+            if self.resume_from is not None:
+                self._check_checkpoint(self.resume_from)
+        if _is_rank_zero() or dist.is_initialized():  # the gathers of a step need the whole group
+            self.cost = training_cost(self.model)
+        if self.config.compile:
+            check_compiler("cuda" if self.devices.accelerator == "cuda" else "cpu")
+            self.model.compile_step()
+
+    def _check_checkpoint(self, path: Path) -> None:
+        check_fit(self.model.backbone, read_checkpoint(path)[-1], str(path))
+
+    def fit(self) -> None:
+        """Train, then export the backbone and draw the curves."""
+        if _is_rank_zero():
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._save_config()
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resume_from, weights_only=True)
+        if self.trainer.is_global_zero:
+            self._export()
+
+    def _save_config(self) -> None:
+        path, n = self.run_dir / "config.yaml", 1
+        while path.exists():  # a resumed run may have other options; both stay
+            n += 1
+            path = self.run_dir / f"config-{n}.yaml"
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=False)
+
+    def _export(self) -> None:
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if not last.is_file():  # fast_dev_run, or no step taken
+            return
+        # From the checkpoint, not from the module: there the averaged weights are under a fixed name.
+        save_backbone(load_backbone(last), self.run_dir / "backbone", overwrite=True)
+        if (self.run_dir / "metrics.csv").is_file():  # a run shorter than log_every_n_steps has logged nothing
+            plot_training(self.run_dir / "metrics.csv", self.run_dir / "loss.png")
+        write_json(self.run_dir / "summary.json", self._summary())
+        rank_zero_info(
+            f"Backbone: {self.run_dir / 'backbone'}   curves: {self.run_dir / 'loss.png'}   numbers: "
+            f"{self.run_dir / 'metrics.csv'}"
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        """Return what a comparison of runs reads, and what it takes to repeat this one."""
+        config, clock = self.config, self.clock
+        return {
+            "method": self.method,
+            "seed": config.seed_everything,
+            **self.datamodule.training_data(),
+            "epochs": self.trainer.current_epoch,
+            "steps": self.trainer.global_step,
+            "global_batch_size": self.model.global_batch_size,
+            "images_seen": clock.images,
+            "seconds": clock.seconds,
+            "images_per_second": clock.images / clock.seconds if clock.seconds else None,
+            "peak_memory_bytes": clock.peak_bytes,
+            "devices": f"{self.trainer.world_size} x {self.devices.accelerator}",
+            "precision": str(self.trainer.precision),
+            "backbone": backbone_config(self.model.backbone),
+            "backbone_class": type(self.model.backbone).__name__,
+            "attention": self.model.attention,
+            "exported": "moving average" if self.model.ema_decay else self.model.exported,
+            **asdict(self.cost),
+            **provenance(),
+        }
+
+
+def base_config() -> Path | None:
+    """Return the file that is read before every config, where the package lies in a checkout."""
+    path = Path(__file__).parents[2] / "lightly_configs" / "base.yaml"
+    return path if path.is_file() else None
+
+
+def main(args: list[str] | None = None, base_config: Path | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: Command line arguments; ``sys.argv`` by default.
+        base_config: YAML file that is read before any ``--config``.
+
+    Raises:
+        SystemExit: With status 2 and one line on stderr if the input is bad, 143 if stopped by SIGTERM.
+    """
+    try:
+        with merged_configs(sys.argv[1:] if args is None else args) as expanded:
+            cli = _build(expanded, base_config)
+        cli.check()
+    except (ValueError, TypeError, FileNotFoundError, CheckpointError, MisconfigurationException) as error:
+        _exit(error)
+    try:
+        cli.fit()
+    except (DataError, CheckpointError) as error:
+        _exit(error)
+    except SIGTERMException:
+        sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
+
+
+@contextmanager
+def merged_configs(args: list[str]) -> Iterator[list[str]]:
+    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too."""
+    with tempfile.TemporaryDirectory(prefix="nepa-config-") as folder:
+        expanded: list[str] = []
+        for i, arg in enumerate(args):
+            option, _, value = arg.partition("=")
+            given = value if option in ("--config", "-c") and value else None
+            if i and args[i - 1] in ("--config", "-c"):
+                given = arg
+            if given is None:
+                expanded.append(arg)
+                continue
+            merged = Path(folder) / str(i) / Path(given).name
+            merged.parent.mkdir()
+            merged.write_text(yaml.safe_dump(read_config(given), sort_keys=False))
+            expanded.append(f"{option}={merged}" if given is value else str(merged))
+        yield expanded
+
+
+def _build(args: list[str], base_config: Path | None) -> PretrainCLI:
+    with warnings.catch_warnings():
+        # these are the command line's arguments, with the config files merged
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return PretrainCLI(
+            Method,
+            ImageData,
+            subclass_mode_model=True,
+            run=False,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_class=PretrainParser,
+            parser_kwargs={"default_config_files": [str(base_config)] if base_config else []},
+            seed_everything_default=1337,
+            args=args,
+        )
+
+
+def _exit(error: Exception) -> NoReturn:
+    text = str(error)
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, (DataError, CheckpointError, UsageError, ValueError)) and str(cause) in text:
+        text = str(cause)
+    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(base_config=base_config())

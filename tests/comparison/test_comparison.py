@@ -1,0 +1,153 @@
+"""Comparisons: what is refused before any training, and a whole one that is stopped, fails in part, and goes on."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nepa_plugin.comparison import Comparison, ComparisonError, compare
+from nepa_plugin.data import digits_folder
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "lightly_configs"
+FAST = [
+    *("--model.backbone_args.embed_dim", "32", "--model.backbone_args.depth", "2", "--trainer.max_epochs", "1"),
+    *(
+        "--trainer.check_val_every_n_epoch",
+        "1",
+        "--trainer.limit_train_batches",
+        "4",
+        "--trainer.log_every_n_steps",
+        "1",
+    ),
+]
+
+
+def comparison(tmp_path, *sources, **kwargs):
+    arguments = {"out": tmp_path / "out", "data": "digits", "protocols": ["knn"], "seeds": [0], "overrides": FAST}
+    return Comparison([str(s) for s in sources], **(arguments | kwargs))
+
+
+def refused(what):
+    with pytest.raises((ComparisonError, ValueError)) as error:
+        compare(what, say=lambda line: pytest.fail(f"started: {line}"))
+    assert not what.out.exists()
+    return str(error.value)
+
+
+NEPA = CONFIGS / "nepa_digits.yaml"
+
+
+def test_bad_input_is_refused_before_any_training(tmp_path):
+    assert "Nothing to compare" in refused(comparison(tmp_path))
+    assert "jobs must be at least 1" in refused(comparison(tmp_path, NEPA, jobs=0))
+    assert "No config file at" in refused(comparison(tmp_path, NEPA, CONFIGS / "nope.yaml"))
+    assert "protocol guess: give one or several of knn" in refused(comparison(tmp_path, NEPA, protocols=["guess"]))
+    assert "Two sources are called nepa_digits" in refused(comparison(tmp_path, NEPA, NEPA))
+    message = refused(comparison(tmp_path, NEPA, overrides=["--trainer.max_epohcs", "1"]))
+    assert "nepa_digits.yaml: config key `trainer.max_epohcs`" in message and "did you mean" in message
+    assert "no folder at" in refused(comparison(tmp_path, NEPA, data=str(tmp_path / "nowhere")))
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    assert "is no finished run" in refused(comparison(tmp_path, tmp_path / "unfinished"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A comparison of two methods and a config that cannot train, with one seed each."""
+    root = tmp_path_factory.mktemp("comparison")
+    shutil.copytree(CONFIGS, root / "configs")
+    broken = (root / "configs" / "nepa_digits.yaml").read_text().replace("base_lr", "drop_path_rate: 2.0\n    base_lr")
+    (root / "configs" / "broken.yaml").write_text(broken)  # parses, and fails when the backbone is built
+    sources = [root / "configs" / f"{name}.yaml" for name in ("nepa_digits", "broken", "simclr_digits")]
+    what = comparison(root, *sources, protocols=["knn", "linear", "readout"], jobs=2)
+    lines = []
+    return what, compare(what, lines.append), lines
+
+
+@pytest.mark.slow
+def test_one_failure_is_reported_and_the_rest_go_on(finished):
+    _, runs, lines = finished
+    good = {run.name: run for run in runs if run.error is None}
+    assert list(good) == [
+        "nepa_digits",
+        "simclr_digits",
+        "untrained NepaViT bidirectional",
+        "untrained NepaViT causal",
+    ]
+    (failed,) = [run for run in runs if run.error is not None]
+    assert failed.name == "broken" and "training ended with status" in failed.error
+    assert any("broken, seed 0: FAILED" in line for line in lines)
+    for run in good.values():
+        assert 0 <= run.results["knn"]["top1"] <= 100 and set(run.results) == {"knn", "linear", "readout"}
+    assert good["nepa_digits"].summary["images_seen"] == 4 * 64 and len(good["nepa_digits"].curves["train_loss"]) >= 1
+
+
+@pytest.mark.slow
+def test_goes_on_where_it_stopped(finished):
+    what, runs, _ = finished
+    weights = what.out / "nepa_digits" / "seed0" / "backbone" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    shutil.rmtree(what.out / "simclr_digits" / "seed0" / "evaluation")
+    lines = []
+    again = compare(what, lines.append)
+    assert weights.stat().st_mtime_ns == before
+    assert [line for line in lines if "trained already" in line and "nepa_digits" in line]
+    assert not any("nepa_digits, seed 0: evaluating" in line for line in lines)
+    assert any("simclr_digits, seed 0: evaluating" in line for line in lines)
+    scores = [{r.name: r.results["knn"]["top1"] for r in rs if r.error is None} for rs in (runs, again)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_runs_of_other_options_are_not_mixed_in(finished, tmp_path):
+    what, *_ = finished
+    other = Comparison(what.sources, what.out, "digits", ["knn"], [0], [*FAST, "--model.base_lr", "1e-3"])
+    with pytest.raises(ComparisonError, match="was trained with another config or other options"):
+        compare(other)
+
+
+@pytest.mark.slow
+def test_finished_runs_are_taken_as_they_are(finished, tmp_path):
+    what, *_ = finished
+    folder = tmp_path / "mine"
+    shutil.copytree(what.out / "nepa_digits" / "seed0", folder)
+    runs = compare(comparison(tmp_path, folder), lambda line: None)
+    assert [run.name for run in runs] == ["mine", "untrained NepaViT causal"]
+    images = tmp_path / "other"
+    for split in ("train", "val"):
+        for label in ("0", "1"):
+            (images / split / label).mkdir(parents=True)
+            for i in range(20):
+                Image.new("L", (32, 32), 10 * i).save(images / split / label / f"{i}.png")
+    with pytest.raises(ComparisonError, match=r"was trained on other images \(1400 in"):
+        compare(comparison(tmp_path, folder, data=str(images)))
+    shutil.copytree(digits_folder(), tmp_path / "copied")  # the same images elsewhere
+    compare(comparison(tmp_path, folder, data=str(tmp_path / "copied")), lambda line: None)
+
+
+@pytest.mark.slow
+def test_the_command(finished, capsys, monkeypatch):
+    what, *_ = finished
+    arguments = ["compare.py", *what.sources, "--data", "digits", "--evaluate", "knn,linear,readout", "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(what.out), "--", *FAST])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_path(str(ROOT / "tools" / "compare.py"), run_name="__main__")
+    assert "broken, seed 0: training ended" in str(status.value)
+    assert "nepa_digits" in capsys.readouterr().out
+    knn = json.loads((what.out / "nepa_digits/seed0/evaluation/results.json").read_text())["protocols"]["knn"]["top1"]
+    markdown = (what.out / "report.md").read_text()
+    assert re.search(rf"\| nepa_digits \| 1 \| {knn:.1f} \|", markdown)
+    assert (what.out / "report.html").is_file() and (what.out / "results.csv").is_file()
+
+
+@pytest.mark.slow
+def test_runs_on_several_devices(tmp_path):
+    """Lightning starts the command of a run again for its second process."""
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size_per_device", "32"]
+    (run, _) = compare(comparison(tmp_path, NEPA, overrides=[*FAST, *two]), lambda line: None)
+    assert run.error is None and run.summary["devices"] == "2 x cpu" and run.summary["images_seen"] == 4 * 64

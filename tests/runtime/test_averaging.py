@@ -1,0 +1,133 @@
+"""The moving average of the weights against Lightning's."""
+
+import copy
+
+import pytest
+import torch
+from pretraining import curve, run
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+import nepa_plugin.methods
+from nepa_plugin.runtime.averaging import FusedEMA, ModelAverage
+
+DECAY = 0.99
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+
+def trained(steps):
+    """Yield a network after each of some steps on noise; BatchNorm's statistics and counter move too."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield model
+
+
+def exact(state):
+    return {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def error(state, reference):
+    """Summed deviation from a float64 reference."""
+    floats = [name for name, value in state.items() if value.is_floating_point()]
+    return sum((state[name].double() - reference[name]).abs().sum().item() for name in floats)
+
+
+def last_place(*tensors):
+    """The distance to the next larger number at the largest magnitude among some tensors, per element."""
+    largest = torch.stack([tensor.abs() for tensor in tensors]).amax(0)
+    return torch.nextafter(largest, torch.tensor(torch.inf)) - largest
+
+
+def test_the_averages_are_lightnings():
+    ours, lightnings = ModelAverage(network(), DECAY), AveragedModel(network(), None, get_ema_avg_fn(DECAY), None, True)
+    reference = None
+    for model in trained(300):
+        ours.update_parameters(model)
+        lightnings.update_parameters(model)
+        state, value = ours.state_of(model), exact(model.state_dict())
+        reference = reference or value
+        for name, tensor in value.items():
+            if tensor.is_floating_point():
+                reference[name] = DECAY * reference[name] + (1 - DECAY) * tensor
+    expected = lightnings.module.state_dict()
+    assert list(state) == list(expected)
+    assert torch.equal(state["1.num_batches_tracked"], expected["1.num_batches_tracked"])
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    # fewer roundings per update than average * d + value * (1 - d)
+    assert 0 < error(state, reference) <= error(expected, reference)
+
+
+def test_one_update_is_lightnings_to_the_last_place():
+    steps = trained(3)
+    ours, lightnings = ModelAverage(network(), DECAY), AveragedModel(network(), None, get_ema_avg_fn(DECAY), None, True)
+    model = next(steps)
+    for average in (ours, lightnings):  # the first update copies
+        average.update_parameters(model)
+    assert all(torch.equal(v, lightnings.module.state_dict()[k]) for k, v in ours.state_of(model).items())
+    before = copy.deepcopy(ours.state_of(model))
+    model = next(steps)
+    for average in (ours, lightnings):
+        average.update_parameters(model)
+    for name, value in ours.state_of(model).items():
+        if value.is_floating_point():
+            unit = last_place(before[name], model.state_dict()[name])
+            assert ((value - lightnings.module.state_dict()[name]).abs() <= unit).all(), name
+    assert ours.num_averaged == int(lightnings.n_averaged) == 2
+
+
+def test_swap_and_copy():
+    steps = trained(3)
+    average = ModelAverage(network(), DECAY)
+    for model in steps:
+        average.update_parameters(model)
+    averages, values = copy.deepcopy(average.state_of(model)), copy.deepcopy(model.state_dict())
+    average.swap(model)
+    assert all(torch.equal(v, averages[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(v, values[k]) for k, v in average.state_of(model).items())
+    average.swap(model)
+    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
+    average.copy_to(model)
+    assert all(torch.equal(v, averages[k]) for k, v in model.state_dict().items())
+    with pytest.raises(KeyError, match=r"3\.bias"):
+        average.load_state_of(model, {k: v for k, v in averages.items() if k != "3.bias"})
+
+
+def test_a_checkpoint_of_lightnings_average_is_resumed(tmp_path, monkeypatch):
+    """Runs that were begun with Lightning's own callback go on with ours."""
+    options = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--model.ema_decay", "0.9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(nepa_plugin.methods.NEPA, "configure_callbacks", lambda self: [EMAWeightAveraging(decay=0.9)])
+        run("--run_dir", tmp_path / "whole", *options)
+
+        class Stop(Exception):
+            pass
+
+        def stop(self):
+            if self.trainer.current_epoch == 1:
+                raise Stop
+
+        patch.setattr(nepa_plugin.methods.NEPA, "on_train_epoch_start", stop)
+        with pytest.raises(Stop):
+            run("--run_dir", tmp_path / "parts", *options)
+    assert FusedEMA(0.9).state_key == EMAWeightAveraging(decay=0.9).state_key
+    run("--run_dir", tmp_path / "parts", *options, "--ckpt_path", "last")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    before, after = (
+        torch.load(tmp_path / r / "checkpoints" / "last.ckpt", weights_only=True) for r in ("whole", "parts")
+    )
+    assert before.keys() == after.keys() and before["callbacks"].keys() == after["callbacks"].keys()
+    assert before["averaging_state"] == after["averaging_state"] == {"n_averaged": torch.tensor(6)}
+    for name, value in before["current_model_state"].items():
+        assert torch.equal(value, after["current_model_state"][name])
+    for name, value in before["state_dict"].items():
+        torch.testing.assert_close(value, after["state_dict"][name], rtol=1e-6, atol=1e-8)
