@@ -1,55 +1,10 @@
 """The rooms of the package: imports point downwards, and neither side needs the other's framework."""
 
-import ast
 import subprocess
 import sys
-from functools import cache
-from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).parents[1] / "nepa_plugin"
-#: From the bottom to the top. A room imports rooms of the floors below it, not its neighbours.
-FLOORS = (
-    {"predictor", "loss"},
-    {"models"},
-    {"checkpoints", "runtime"},
-    {"data"},
-    {"analysis"},
-    {"methods", "segmentation"},
-    {"training", "evaluation"},
-    {"comparison", "speed"},
-)
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-
-
-@cache
-def modules():
-    """Every module's name and file."""
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-@cache
-def imports(module):
-    """The modules of this package that a module imports, wherever the statement stands."""
-    found = set()
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: imports are absolute"
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                found.add(name if name in modules() else node.module)
-    return {name for name in found if name in modules() and name != module}
-
-
-def room(module):
-    return [*module.split("."), ""][1]
+from imports import FLOOR, PACKAGE, imports, modules, room
 
 
 def test_every_room_has_its_floor():
