@@ -1,18 +1,16 @@
 """AIM: predict the pixels of the next patch under a causal mask with a bidirectional prefix (arXiv 2401.08541)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightly.models.modules import AIMPredictionHead
 from lightly.models.utils import normalize_mean_var, patchify, random_prefix_mask
 from lightly.transforms import AIMTransform
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from nepa_plugin.methods.base import Method
-from nepa_plugin.methods.masked import SingleView, check_maskable, fix_position_embedding
+from nepa_plugin.methods.masked import MaskedMethod, SingleView
+from nepa_plugin.methods.masks import to_device
 
 
 def prefix_attention(causal: Tensor) -> Tensor:
@@ -29,7 +27,7 @@ def prefix_attention(causal: Tensor) -> Tensor:
     return (before | ~causal[:, None, :])[:, None]
 
 
-class AIM(Method):
+class AIM(MaskedMethod):
     """Autoregressive Image Model with the paper's recipe as defaults.
 
     Patches in raster order; each output after a prefix of random length predicts the standardised pixels of the patch
@@ -46,17 +44,17 @@ class AIM(Method):
         head_blocks: Residual blocks of that MLP.
         norm_pix_loss: Predict pixels that are standardised per patch.
         crop_scale: Range of the random crop's area as a fraction of the image.
-        hflip_prob: Probability of a horizontal flip.
-        backbone: Name of a timm ``VisionTransformer``.
-        init_from: As in :class:`~nepa_plugin.methods.base.Method`.
-        base_lr: As in the base.
-        warmup_fraction: As in the base.
-        ema_decay: As in the base; the paper has no moving average.
-        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+        base_lr: Learning rate per 256 images of the global batch.
+        warmup_fraction: Linear warm-up as a fraction of all steps.
+        ema_decay: Decay of the moving average of the weights; off, the paper has none.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.masked.MaskedMethod`.
 
     Raises:
-        ValueError: If the backbone is no ``VisionTransformer``, or has a single patch.
+        ValueError: If the backbone has a single patch or ``grad_checkpointing``, or as there.
     """
+
+    transform_class = AIMTransform
+    title = "AIM"
 
     def __init__(
         self,
@@ -65,9 +63,6 @@ class AIM(Method):
         head_blocks: int = 12,
         norm_pix_loss: bool = True,
         crop_scale: tuple[float, float] = (0.4, 1.0),
-        hflip_prob: float = 0.5,
-        backbone: str = "plain_vit_base_patch14_224",
-        init_from: str | None = None,
         base_lr: float = 6.25e-5,
         warmup_fraction: float = 0.0625,
         ema_decay: float = 0.0,
@@ -75,48 +70,40 @@ class AIM(Method):
     ) -> None:
         super().__init__(
             *args,
-            backbone=backbone,
-            init_from=init_from,
+            crop_scale=crop_scale,
             base_lr=base_lr,
             warmup_fraction=warmup_fraction,
             ema_decay=ema_decay,
             **kwargs,
         )
-        vit = self.backbone
-        check_maskable(vit, "AIM")
-        if vit.grad_checkpointing:
+        self.norm_pix_loss = norm_pix_loss
+        self.patch_pixels = self.backbone.patch_embed.patch_size[0]
+        self.head = AIMPredictionHead(
+            self.backbone.embed_dim, 3 * self.patch_pixels**2, hidden_dim=head_dim, num_blocks=head_blocks
+        )
+
+    def prepare_backbone(self, loaded: bool) -> None:
+        """Check what else the prediction of the next patch needs."""
+        super().prepare_backbone(loaded)
+        if self.backbone.grad_checkpointing:
             raise ValueError(
                 "AIM has no grad_checkpointing: timm's ViT ignores it under an attention mask. Turn it off."
             )
-        if vit.patch_embed.num_patches < 2:
+        if self.backbone.patch_embed.num_patches < 2:
             raise ValueError("AIM predicts the next patch, but the image is a single one: lower patch_size.")
-        fix_position_embedding(vit, initialize=init_from is None)
-        self.norm_pix_loss = norm_pix_loss
-        self.crop_scale = crop_scale
-        self.hflip_prob = hflip_prob
-        self.patch_pixels = vit.patch_embed.patch_size[0]
-        self.head = AIMPredictionHead(
-            vit.embed_dim, 3 * self.patch_pixels**2, hidden_dim=head_dim, num_blocks=head_blocks
-        )
-        self.train_transform()  # a wrong option fails here
-        self.save_hyperparameters(logger=False)
 
     @property
     def attention(self) -> str:
         """The attention in pretraining, in words; downstream it is bidirectional."""
         return "causal after a bidirectional prefix"
 
-    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
-        """Return the paper's augmentation at this model's image size."""
-        return SingleView(AIMTransform, self.img_size, self.crop_scale, self.hflip_prob, self.normalize)
-
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the prediction loss of the one view (B, C, H, W), and its features (B, D)."""
         images = views[0]
         predicted = self.draw_predicted(len(images), "cpu")
         # chosen on the CPU: on the device, a boolean index waits for all work before it
-        chosen = predicted.flatten().nonzero().squeeze(1).to(images.device)
-        tokens = self.tokens(images, predicted.to(images.device))
+        chosen = to_device(predicted.flatten().nonzero().squeeze(1), images.device)
+        tokens = self.tokens(images, to_device(predicted, images.device))
         before = tokens[:, self.backbone.num_prefix_tokens : -1].flatten(0, 1)[chosen]
         loss = F.mse_loss(self.head(before), self.targets(images)[:, 1:].flatten(0, 1)[chosen])
         return loss, self.pooled(tokens)

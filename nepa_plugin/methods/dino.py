@@ -1,6 +1,6 @@
 """DINO: self-distillation from two global views to these and to local ones (arXiv 2104.14294)."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from lightly.transforms import DINOTransform
@@ -25,10 +25,6 @@ class DINO(SelfDistillation):
 
     transform_class = DINOTransform
     views: ClassVar = {"global_crop_scale": (0.25, 1.0), "local_crop_scale": (0.05, 0.25)}
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.save_hyperparameters(logger=False)
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the loss of two global views (B, C, H, W) and any local ones, and the teacher's features (B, D)."""

@@ -4,13 +4,13 @@ from typing import Any, ClassVar
 
 import torch
 from lightly.loss import IBOTPatchLoss
-from lightly.models.utils import random_block_mask
 from lightly.transforms.ibot_transform import IBOTTransform
 from torch import Tensor, nn
 
 from nepa_plugin.methods.distillation import SelfDistillation
 from nepa_plugin.methods.heads import PrototypeHead
-from nepa_plugin.methods.masked import check_maskable, masked_encoder, python_random_from_torch
+from nepa_plugin.methods.masked import check_maskable, masked_encoder
+from nepa_plugin.methods.masks import random_block_masks, to_device
 from nepa_plugin.methods.transforms import NORMALIZE
 
 
@@ -57,16 +57,14 @@ class IBOT(SelfDistillation):
         patch_loss_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            *args,
-            output_dim=output_dim,
-            hidden_dim=hidden_dim,
-            bottleneck_dim=bottleneck_dim,
-            norm_last_layer=norm_last_layer,
-            freeze_last_layer=freeze_last_layer,
-            student_temp=student_temp,
-            **kwargs,
-        )
+        head: dict[str, Any] = {
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "output_dim": output_dim,
+            "norm_last_layer": norm_last_layer,
+            "freeze_last_layer": freeze_last_layer,
+        }
+        super().__init__(*args, student_temp=student_temp, **head, **kwargs)
         vit = self.backbone
         self.grid = vit.patch_embed.grid_size[0]
         self.smallest_mask = int(self.grid**2 * mask_ratio[0])
@@ -82,33 +80,27 @@ class IBOT(SelfDistillation):
         self.patch_head: PrototypeHead | None = None
         self.teacher_patch_head: PrototypeHead | None = None
         if not shared_head:
-            self.patch_head = PrototypeHead(
-                vit.embed_dim, hidden_dim, bottleneck_dim, output_dim, norm_last_layer, freeze_last_layer
-            )
+            self.patch_head = PrototypeHead(vit.embed_dim, **head)
             self.teacher_patch_head = self.momentum_copy(self.patch_head)
         self.patch_criterion = IBOTPatchLoss(output_dim, student_temp=student_temp)
-        self.save_hyperparameters(logger=False)
 
-    def check_backbone(self) -> None:
-        """Raise ``ValueError`` if the backbone cannot be masked, or has not what ``pool`` asks for."""
+    def prepare_backbone(self, loaded: bool) -> None:
+        """Check that patches can be hidden, and the class token."""
         check_maskable(self.backbone, "iBOT")
-        super().check_backbone()
-
-    def heads(self) -> list[tuple[PrototypeHead, PrototypeHead]]:
-        """Return the student's heads with the teacher's."""
-        own = [] if self.patch_head is None else [(self.patch_head, self.teacher_patch_head)]
-        return [*super().heads(), *own]  # type: ignore[list-item]
+        super().prepare_backbone(loaded)
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the loss of two global views (B, C, H, W) and any local ones, and the teacher's features (B, D)."""
         batch, images = len(views[0]), torch.cat(views[:2])
-        mask = self.draw_masks(len(images)).to(images.device)
-        patch_mask = mask.flatten(1)
+        drawn = self.draw_masks(len(images))
+        mask = to_device(drawn, images.device)
+        # chosen on the CPU: on the device, a boolean index waits for all work before it
+        masked = to_device(drawn.flatten().nonzero().squeeze(1), images.device)
         with torch.no_grad():
             teacher = self.teacher_backbone.forward_features(images)
-            targets = self.project(teacher, patch_mask, self.teacher_head, self.teacher_patch_head)
-        student = self.encode(images, patch_mask)
-        class_logits, patch_logits = self.project(student, patch_mask, self.head, self.patch_head)
+            targets = self.project(teacher, masked, self.teacher_head, self.teacher_patch_head)
+        student = self.encode(images, mask.flatten(1))
+        class_logits, patch_logits = self.project(student, masked, self.head, self.patch_head)
         classes = list(class_logits.split(batch))
         if len(views) > 2:
             locals_ = masked_encoder(self.backbone).encode(torch.cat(views[2:]))
@@ -125,22 +117,17 @@ class IBOT(SelfDistillation):
         return encoder.encode(images, mask=torch.cat([prefix, patch_mask], dim=1))
 
     def project(
-        self, tokens: Tensor, patch_mask: Tensor, head: nn.Module, patch_head: nn.Module | None
+        self, tokens: Tensor, masked: Tensor, head: nn.Module, patch_head: nn.Module | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the logits (B, K) of the images, and (M, K) of the patches that ``patch_mask`` (B, N) marks."""
-        patches = tokens[:, self.backbone.num_prefix_tokens :][patch_mask]
+        """Return the logits (B, K) of the images, and (M, K) of the masked patches, indices into all B x N."""
+        patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1)[masked]
         return head(self.pooled(tokens)), (head if patch_head is None else patch_head)(patches)
 
     def draw_masks(self, batch_size: int) -> Tensor:
         """Draw block masks (B, grid, grid) on the CPU. Some patch of the batch is always masked."""
-        with python_random_from_torch():
-            masks = random_block_mask(
-                (batch_size, self.grid, self.grid),
-                batch_mask_ratio=self.batch_mask_ratio,
-                min_image_mask_ratio=self.mask_ratio[0],
-                max_image_mask_ratio=self.mask_ratio[1],
-                min_num_masks_per_block=min(4, self.smallest_mask),
-            )
+        masks = random_block_masks(
+            batch_size, self.grid, self.batch_mask_ratio, self.mask_ratio, min(4, self.smallest_mask)
+        )
         if not masks.any():  # the mean over no patch is no number
             masks[0, 0, 0] = True
         return masks

@@ -1,19 +1,16 @@
 """LeJEPA: views of an image agree, and all embeddings together are an isotropic Gaussian (arXiv 2511.08544)."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightly.loss import LeJEPALoss
 from lightly.models.modules.heads import LeJEPAProjectionHead
 from lightly.transforms.dino_transform import DINOViewTransform
 from lightly.transforms.multi_view_transform import MultiViewTransform
-from PIL import Image
 from torch import Tensor
 
-from nepa_plugin.methods import whole_image
-from nepa_plugin.methods.base import Method
-from nepa_plugin.methods.transforms import NORMALIZE, build_transform
+from nepa_plugin.methods.multi_crop import MultiCrop
+from nepa_plugin.methods.transforms import NORMALIZE
 
 
 class LeJEPATransform(MultiViewTransform):
@@ -68,7 +65,7 @@ class LeJEPATransform(MultiViewTransform):
         super().__init__([global_view] * 2 + [local_view] * n_local_views)
 
 
-class LeJEPA(Method):
+class LeJEPA(MultiCrop):
     """Latent-Euclidean Joint-Embedding Predictive Architecture, with the authors' recipe as defaults.
 
     No momentum encoder, no stopped gradient: the projections of all views are drawn to the mean of the global ones,
@@ -83,24 +80,19 @@ class LeJEPA(Method):
         hidden_dim: Width of the projection head.
         projection_dim: Outputs of the projection head.
         num_local_crops: Local views per image.
-        local_crop_size: Side of a local view in pixels, in whole patches; about 98 / 224 of the image by default.
-        transform_args: Options of :class:`LeJEPATransform` that differ from the authors'.
-        backbone: Name of a timm Vision Transformer; a ``nepa_vit_*`` needs bidirectional attention.
-        backbone_args: As in :class:`~nepa_plugin.methods.base.Method`; ``dynamic_img_size`` is on, for local views.
-        drop_path_rate: As in the base.
-        pool: As in the base.
-        base_lr: As in the base.
-        min_lr: As in the base.
-        betas: As in the base.
-        warmup_fraction: As in the base.
-        clip_grad_norm: As in the base.
-        ema_decay: As in the base; the paper has no moving average.
-        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+        base_lr: Learning rate per 256 images of the global batch.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_fraction: Linear warm-up as a fraction of all steps.
+        clip_grad_norm: Largest norm of the gradient (without the probe's); 0 turns clipping off.
+        ema_decay: Decay of the moving average of the weights; off, the paper has none.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.multi_crop.MultiCrop`.
 
     Raises:
-        ValueError: If the backbone's class token cannot see the image, there is no local view or it has no whole number
-            of patches, ``lambda_param`` is outside [0, 1], or an option of the transform is unknown.
+        ValueError: If there is no local view, ``lambda_param`` is outside [0, 1], or as there.
     """
+
+    transform_class = LeJEPATransform
+    local_size_at_224 = 98
 
     def __init__(
         self,
@@ -110,56 +102,27 @@ class LeJEPA(Method):
         hidden_dim: int = 2048,
         projection_dim: int = 64,
         num_local_crops: int = 6,
-        local_crop_size: int | None = None,
-        transform_args: dict[str, Any] | None = None,
-        backbone: str = "plain_vit_base_patch14_224",
-        backbone_args: dict[str, Any] | None = None,
-        drop_path_rate: float = 0.1,
-        pool: Literal["mean", "class"] = "class",
         base_lr: float = 5e-4,
         min_lr: float = 5e-7,
-        betas: tuple[float, float] = (0.9, 0.999),
         warmup_fraction: float = 0.01,
         clip_grad_norm: float = 0.0,
         ema_decay: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        if num_local_crops < 1:
+            raise ValueError(f"num_local_crops={num_local_crops}: LeJEPA needs at least one local view.")
         super().__init__(
             *args,
-            backbone=backbone,
-            backbone_args=whole_image.any_size_args(backbone_args, num_local_crops),
-            drop_path_rate=drop_path_rate,
-            pool=pool,
+            num_local_crops=num_local_crops,
             base_lr=base_lr,
             min_lr=min_lr,
-            betas=betas,
             warmup_fraction=warmup_fraction,
             clip_grad_norm=clip_grad_norm,
             ema_decay=ema_decay,
             **kwargs,
         )
-        whole_image.check_class_token(self.backbone, pool, "LeJEPA")
-        if num_local_crops < 1:
-            raise ValueError(f"num_local_crops={num_local_crops}: LeJEPA needs at least one local view.")
-        patch_size = self.backbone.patch_embed.patch_size[0]
-        self.local_crop_size = whole_image.whole_patches(local_crop_size, self.img_size, patch_size, at_224=98)
-        self.num_local_crops = num_local_crops
-        self.transform_args = transform_args
         self.projection_head = LeJEPAProjectionHead(self.backbone.num_features, hidden_dim, projection_dim)
         self.criterion = LeJEPALoss(lambda_param, gather_distributed=True, sigreg_num_vectors=num_vectors)
-        self.train_transform()  # a wrong option fails here
-        self.save_hyperparameters(logger=False)
-
-    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
-        """Return the authors' augmentation at this model's image size: two global views, then the local ones."""
-        defaults = {
-            "global_crop_size": self.img_size,
-            "local_crop_size": self.local_crop_size,
-            "n_local_views": self.num_local_crops,
-            "normalize": self.normalize,
-        }
-        views: Callable[[Image.Image], list[Tensor]] = build_transform(LeJEPATransform, defaults, self.transform_args)
-        return views
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the loss of two global and the local views (B, C, H, W), and the first one's features (B, D)."""

@@ -1,6 +1,5 @@
 """MAE: reconstruct the pixels of masked patches from the visible ones (arXiv 2111.06377)."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,15 +14,13 @@ from lightly.models.utils import (
     set_at_index,
 )
 from lightly.transforms import MAETransform
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nepa_plugin.methods.base import Method
-from nepa_plugin.methods.masked import SingleView, check_maskable, fix_position_embedding, masked_encoder, with_prefix
+from nepa_plugin.methods.masked import MaskedMethod, SingleView, check_maskable, masked_encoder, with_prefix
 
 
-class MAE(Method):
+class MAE(MaskedMethod):
     """Masked Autoencoder with the paper's recipe as defaults.
 
     The encoder sees the visible patches only; a light decoder gets its outputs and mask tokens and predicts the pixels
@@ -36,19 +33,18 @@ class MAE(Method):
         decoder_dim: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         decoder_num_heads: Attention heads of the decoder.
-        crop_scale: Range of the random crop's area as a fraction of the image.
-        hflip_prob: Probability of a horizontal flip.
-        backbone: Name of a timm ``VisionTransformer``.
-        init_from: As in :class:`~nepa_plugin.methods.base.Method`.
-        pool: As in the base; the paper's linear probe reads the class token.
-        base_lr: As in the base.
-        clip_grad_norm: As in the base; the paper does not clip.
-        ema_decay: As in the base; the paper has no moving average.
-        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+        pool: What one feature per image is; the paper's linear probe reads the ``"class"`` token.
+        base_lr: Learning rate per 256 images of the global batch.
+        clip_grad_norm: Largest norm of the gradient (without the probe's); 0, as in the paper, turns clipping off.
+        ema_decay: Decay of the moving average of the weights; off, the paper has none.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.masked.MaskedMethod`.
 
     Raises:
-        ValueError: If the backbone is no ``VisionTransformer``, or no patch is masked, or none is visible.
+        ValueError: If no patch is masked, or none is visible, or as there.
     """
+
+    transform_class = MAETransform
+    title = "MAE"
 
     def __init__(
         self,
@@ -58,10 +54,6 @@ class MAE(Method):
         decoder_dim: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        hflip_prob: float = 0.5,
-        backbone: str = "plain_vit_base_patch14_224",
-        init_from: str | None = None,
         pool: Literal["mean", "class"] = "class",
         base_lr: float = 1.5e-4,
         clip_grad_norm: float = 0.0,
@@ -69,27 +61,14 @@ class MAE(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            *args,
-            backbone=backbone,
-            init_from=init_from,
-            pool=pool,
-            base_lr=base_lr,
-            clip_grad_norm=clip_grad_norm,
-            ema_decay=ema_decay,
-            **kwargs,
+            *args, pool=pool, base_lr=base_lr, clip_grad_norm=clip_grad_norm, ema_decay=ema_decay, **kwargs
         )
         vit = self.backbone
-        check_maskable(vit, "MAE")
         patches = vit.patch_embed.num_patches
         if not 0 < int(patches * (1 - mask_ratio)) < patches:
             raise ValueError(f"mask_ratio={mask_ratio} of {patches} patches must leave some visible and mask some.")
-        if init_from is None:
-            MaskedVisionTransformerTIMM(vit, pos_embed_initialization="skip")  # the paper's initialisation, in place
-        fix_position_embedding(vit, initialize=init_from is None)
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
-        self.crop_scale = crop_scale
-        self.hflip_prob = hflip_prob
         self.patch_pixels = vit.patch_embed.patch_size[0]
         self.decoder_embed = nn.Linear(vit.embed_dim, decoder_dim)
         self.decoder = MaskedVisionTransformerDecoderTIMM(
@@ -102,12 +81,13 @@ class MAE(Method):
         self.decoder_pred = nn.Linear(decoder_dim, 3 * self.patch_pixels**2)
         init_weights(self.decoder_embed)
         init_weights(self.decoder_pred)
-        self.train_transform()  # a wrong option fails here
-        self.save_hyperparameters(logger=False)
 
-    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
-        """Return the paper's augmentation at this model's image size."""
-        return SingleView(MAETransform, self.img_size, self.crop_scale, self.hflip_prob, self.normalize)
+    def prepare_backbone(self, loaded: bool) -> None:
+        """Draw the weights as the paper does, too."""
+        check_maskable(self.backbone, self.title)
+        if not loaded:
+            MaskedVisionTransformerTIMM(self.backbone, pos_embed_initialization="skip")  # in place
+        super().prepare_backbone(loaded)
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the reconstruction loss of the one view (B, C, H, W), and features (B, D) of its visible patches."""

@@ -1,9 +1,7 @@
-"""What the methods that mask patches share: lightly's masked wrapper around timm's ViT, and the single view."""
+"""What the methods that hide patches share: lightly's masked wrapper around timm's ViT, the single view, their base."""
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from lightly.models.modules import MaskedVisionTransformerTIMM
@@ -15,6 +13,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from nepa_plugin.methods.base import Method
 from nepa_plugin.methods.transforms import NORMALIZE
 
 
@@ -88,17 +87,6 @@ def with_prefix(patches: Tensor, num_prefix_tokens: int) -> Tensor:
     return torch.cat([prefix, patches + num_prefix_tokens], dim=1)
 
 
-@contextmanager
-def python_random_from_torch() -> Iterator[None]:
-    """Make Python's ``random`` a function of torch's CPU generator inside the block, and as before after it."""
-    state = random.getstate()
-    random.seed(int(torch.randint(2**31, ())))
-    try:
-        yield
-    finally:
-        random.setstate(state)
-
-
 class SingleView:
     """lightly's one-view augmentation (crop, flip, normalisation) with a crop range and flip probability of choice.
 
@@ -138,3 +126,45 @@ class SingleView:
     def __call__(self, image: Image.Image) -> list[Tensor]:
         """Return a list with the one view (3, H, W)."""
         return [self.transform(image)]
+
+
+class MaskedMethod(Method):
+    """Base of the methods that hide patches of one view from a plain Vision Transformer with fixed positions.
+
+    The position embedding is the 2D sine-cosine one, or that of ``init_from``, and is not trained.
+
+    Args:
+        crop_scale: Range of the random crop's area as a fraction of the image.
+        hflip_prob: Probability of a horizontal flip.
+        backbone: Name of a timm ``VisionTransformer``.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+
+    Raises:
+        ValueError: If the backbone is no ``VisionTransformer``, or the crop or the flip is impossible.
+    """
+
+    #: lightly's transform of the method, and the method's name in errors.
+    transform_class: ClassVar[type[MAETransform] | type[AIMTransform] | type[IJEPATransform]]
+    title: ClassVar[str]
+
+    def __init__(
+        self,
+        *args: Any,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        hflip_prob: float = 0.5,
+        backbone: str = "plain_vit_base_patch14_224",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, backbone=backbone, **kwargs)
+        self.crop_scale = crop_scale
+        self.hflip_prob = hflip_prob
+        self.train_transform()  # a wrong option fails here
+
+    def prepare_backbone(self, loaded: bool) -> None:
+        """Check that patches can be hidden, and fix the position embedding."""
+        check_maskable(self.backbone, self.title)
+        fix_position_embedding(self.backbone, initialize=not loaded)
+
+    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
+        """Return the authors' augmentation at this model's image size."""
+        return SingleView(self.transform_class, self.img_size, self.crop_scale, self.hflip_prob, self.normalize)

@@ -14,7 +14,10 @@ class MomentumMethod(Method):
     """Base of the methods with a momentum encoder: a moving average of the backbone that gets no gradient.
 
     After every optimizer step each momentum weight becomes ``m * itself + (1 - m) * trained weight``, with m on a
-    cosine from ``momentum`` to ``final_momentum``. Source: BYOL, arXiv 2006.07733, section 3.2.
+    cosine from ``momentum`` to ``final_momentum``. A module that a method names ``teacher_X`` follows its ``X``: the
+    backbone's is made here, those of heads with :meth:`momentum_copy`. The momentum backbone is always in evaluation
+    mode, without drop path and RoPE's random rescaling; momentum heads are in the method's mode, so that their
+    BatchNorm has the statistics of the batch, as in BYOL and MoCo v3. Source: BYOL, arXiv 2006.07733, section 3.2.
 
     Args:
         momentum: m at the start.
@@ -41,7 +44,8 @@ class MomentumMethod(Method):
             raise ValueError(f"momentum={momentum} and final_momentum={final_momentum} must be in [0, 1].")
         self.momentum = momentum
         self.final_momentum = final_momentum
-        self.teacher_backbone = self.momentum_copy(self.backbone)
+        # Lightning starts to train in the modes that it finds, and calls no train().
+        self.teacher_backbone = self.momentum_copy(self.backbone).eval()
 
     @staticmethod
     def momentum_copy(module: nn.Module) -> Any:
@@ -51,11 +55,15 @@ class MomentumMethod(Method):
         return teacher
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return (trained module, its momentum copy); a method with heads adds theirs."""
-        return [(self.backbone, self.teacher_backbone)]
+        """Return (trained module, its momentum copy): every ``teacher_X`` with the ``X`` that it follows."""
+        return [
+            (self.get_submodule(name.removeprefix("teacher_")), teacher)
+            for name, teacher in self.named_children()
+            if name.startswith("teacher_")
+        ]
 
     def train(self, mode: bool = True) -> "MomentumMethod":
-        """Set the mode, but keep the momentum backbone free of drop path and of RoPE's random rescaling."""
+        """Set the mode of everything but the momentum backbone."""
         super().train(mode)
         if hasattr(self, "teacher_backbone"):
             self.teacher_backbone.eval()

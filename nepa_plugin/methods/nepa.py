@@ -46,13 +46,15 @@ class NEPA(Method):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.backbone, NepaViT):
-            raise ValueError("NEPA needs a nepa_vit_* backbone: its predictions come from a causal transformer.")
-        self.backbone.set_attention(attention)  # type: ignore[arg-type]
+        self.backbone.set_attention(attention)
         self.criterion = NextEmbeddingLoss(shift=shift, stop_gradient=stop_gradient)
         self.crop_scale = crop_scale
         self.hflip_prob = hflip_prob
-        self.save_hyperparameters(logger=False)
+
+    def prepare_backbone(self, loaded: bool) -> None:
+        """Check that the backbone predicts embeddings."""
+        if not isinstance(self.backbone, NepaViT):
+            raise ValueError("NEPA needs a nepa_vit_* backbone: its predictions come from a causal transformer.")
 
     def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
         """Return the published augmentation at this model's image size."""

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
-from PIL import Image
-from torch import Tensor
 
 from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
 
@@ -37,27 +35,15 @@ def build_transform(cls: Callable[..., Any], defaults: dict[str, Any], overrides
     return cls(**(defaults | (overrides or {})))
 
 
-def byol_transform(
-    input_size: int = 224,
-    normalize: dict[str, list[float]] = NORMALIZE,
-    overrides: dict[str, Any] | None = None,
-) -> Callable[[Image.Image], list[Tensor]]:
-    """Return BYOL's augmentation, which MoCo v3 uses too: two views, of which one is blurred and one solarised.
+class BYOLViews(BYOLTransform):
+    """BYOL's augmentation, which MoCo v3 uses too: two views, of which one is blurred and one solarised.
 
     Args:
-        input_size: Side of the views in pixels.
-        normalize: ``mean`` and ``std`` per channel.
-        overrides: Options of lightly's ``BYOLView1Transform``, for both views.
-
-    Returns:
-        The transform.
-
-    Raises:
-        ValueError: If an option is unknown.
+        **options: Options of lightly's ``BYOLView1Transform``, for both views.
     """
-    defaults = {"input_size": input_size, "normalize": normalize}
-    transform: Any = BYOLTransform(
-        build_transform(BYOLView1Transform, defaults, overrides),
-        build_transform(BYOLView2Transform, defaults, overrides),
-    )
-    return transform
+
+    __signature__ = inspect.signature(BYOLView1Transform)
+
+    def __init__(self, **options: Any) -> None:
+        options = {"normalize": NORMALIZE} | options
+        super().__init__(BYOLView1Transform(**options), BYOLView2Transform(**options))

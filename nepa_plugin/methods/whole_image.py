@@ -1,9 +1,13 @@
-"""What the methods that compare whole images share: checks of the backbone, and the frozen patch projection."""
+"""What the methods that compare two views of whole images share: views, recipe, and the frozen patch projection."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
+from nepa_plugin.methods.base import Method
+from nepa_plugin.methods.transforms import build_transform
 from nepa_plugin.predictor import NepaViT
 
 
@@ -52,28 +56,74 @@ def freeze_patch_projection(vit: Any, initialize: bool = True) -> None:
     projection.requires_grad_(False)
 
 
-def any_size_args(backbone_args: dict[str, Any] | None, num_local_crops: int) -> dict[str, Any]:
-    """Return ``backbone_args`` with which the backbone takes the smaller local views too."""
-    return ({"dynamic_img_size": True} if num_local_crops else {}) | (backbone_args or {})
+class WholeImage(Method):
+    """Base of the methods that compare two augmented views of an image, with MoCo v3's recipe for ViT-B as defaults.
 
-
-def whole_patches(crop_size: int | None, img_size: int, patch_size: int, at_224: int = 96) -> int:
-    """Return the side of a local view in pixels.
+    Source: arXiv 2104.02057, section 4.2 and its authors' ViT-B command: AdamW, batch 4096, 1.5e-4 per 256 images,
+    weight decay 0.1, 40 of 300 epochs of warm-up, no clipping, and a patch projection that stays random. Methods whose
+    own papers have no ViT take this recipe, too.
 
     Args:
-        crop_size: The user's choice, or ``None``.
-        img_size: Side of a global view in pixels.
-        patch_size: Patch size in pixels.
-        at_224: The paper's side for global views of 224 pixels: without a choice the nearest whole number of patches
-            in this proportion.
-
-    Returns:
-        The side, a multiple of the patch size.
+        freeze_patch_projection: Keep the patch projection random, which stabilises training.
+        transform_args: Options of lightly's transform that differ from the method's, for both views.
+        backbone: Name of a timm Vision Transformer; a ``nepa_vit_*`` needs bidirectional attention.
+        pool: What one feature per image is: ``"mean"`` of the patch tokens, or the ``"class"`` token.
+        base_lr: Learning rate per 256 images of the global batch.
+        weight_decay: AdamW weight decay of matrices; biases, norms and LayerScale have none.
+        betas: AdamW betas.
+        warmup_fraction: Linear warm-up as a fraction of all steps.
+        clip_grad_norm: Largest norm of the gradient (without the probe's); 0 turns clipping off.
+        ema_decay: Decay of the moving average of the weights; off, these papers have none.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
 
     Raises:
-        ValueError: If the user's choice is no multiple of the patch size.
+        ValueError: If the backbone's class token cannot see the image, or an option of the transform is unknown.
     """
-    size = crop_size or max(1, round(img_size * at_224 / 224 / patch_size)) * patch_size
-    if size % patch_size or size < patch_size:
-        raise ValueError(f"local_crop_size={crop_size} must be a multiple of the patch size {patch_size}.")
-    return size
+
+    #: lightly's transform: from an image to two views.
+    transform_class: ClassVar[Callable[..., Any]]
+
+    def __init__(
+        self,
+        *args: Any,
+        freeze_patch_projection: bool = True,
+        transform_args: dict[str, Any] | None = None,
+        backbone: str = "plain_vit_base_patch14_224",
+        pool: Literal["mean", "class"] = "class",
+        base_lr: float = 1.5e-4,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_fraction: float = 40 / 300,
+        clip_grad_norm: float = 0.0,
+        ema_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.freeze_patch_projection = freeze_patch_projection
+        super().__init__(
+            *args,
+            backbone=backbone,
+            pool=pool,
+            base_lr=base_lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            warmup_fraction=warmup_fraction,
+            clip_grad_norm=clip_grad_norm,
+            ema_decay=ema_decay,
+            **kwargs,
+        )
+        self.transform_args = transform_args
+        self.train_transform()  # a wrong option fails here
+
+    def prepare_backbone(self, loaded: bool) -> None:
+        """Check the class token, and freeze the patch projection where that is asked for."""
+        check_class_token(self.backbone, self.pool, type(self).__name__)
+        if self.freeze_patch_projection:
+            freeze_patch_projection(self.backbone, initialize=not loaded)
+
+    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
+        """Return the paper's augmentation at this model's image size: two views."""
+        defaults = {"input_size": self.img_size, "normalize": self.normalize}
+        views: Callable[[Image.Image], list[Tensor]] = build_transform(
+            type(self).transform_class, defaults, self.transform_args
+        )
+        return views

@@ -157,7 +157,9 @@ def test_half_of_the_images_are_masked_by_the_papers_ratio():
 
 
 def test_some_patch_is_always_masked(views, monkeypatch):
-    monkeypatch.setattr("nepa_plugin.methods.ibot.random_block_mask", lambda size, **_: torch.zeros(size) > 0)
+    monkeypatch.setattr(
+        "nepa_plugin.methods.ibot.random_block_masks", lambda size, grid, *_: torch.zeros(size, grid, grid) > 0
+    )
     model = ibot()
     assert model.draw_masks(4).sum() == 1
     assert step(model, views)[0].isfinite() and model.patch_criterion.center.value.isfinite().all()

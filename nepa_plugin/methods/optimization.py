@@ -1,0 +1,132 @@
+"""How a method is optimized: parameter groups, schedule, clipping, moving average, sharding."""
+
+from typing import Any
+
+import torch
+from lightly.utils.optim import update_param_groups
+from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from nepa_plugin.runtime.averaging import FusedEMA
+from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensor
+
+
+class OptimizedModule(LightningModule):
+    """AdamW with two weight-decay groups, linear warm-up and cosine, clipping by norm, and a moving average.
+
+    The numbers are attributes that :class:`~nepa_plugin.methods.base.Method` sets from its arguments of the same names.
+    """
+
+    batch_size_per_device: int
+    base_lr: float
+    min_lr: float
+    weight_decay: float
+    final_weight_decay: float | None
+    betas: tuple[float, float]
+    warmup_fraction: float
+    warmup_steps: int | None
+    clip_grad_norm: float
+    ema_decay: float
+    #: The probe, which has a learning rate but no weight decay, and no part in clipping.
+    online_classifier: Any
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images per optimizer step: per device x devices x accumulated batches."""
+        return self.batch_size_per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def configure_model(self) -> None:
+        """Shard the weights where the trainer's strategy asks for it."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Attach the moving average, also where a user builds the trainer."""
+        return [FusedEMA(self.ema_decay)] if self.ema_decay else []
+
+    def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the trainable parameters without the probe's."""
+        return [
+            (name, p)
+            for name, p in self.named_parameters()
+            if p.requires_grad and not name.startswith("online_classifier.")
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW with weight-decay groups, and linear warm-up then cosine to zero, per step."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("The schedule needs an end: set trainer.max_epochs or trainer.max_steps.")
+        steps = int(steps)
+        lr = self.base_lr * self.global_batch_size / 256
+        groups: dict[str, dict[str, Any]] = {
+            "decay": {"name": "decay", "params": [], "weight_decay": self.weight_decay},
+            "no_decay": {"name": "no_decay", "params": [], "weight_decay": 0.0},
+        }
+        for name, parameter in self._own_parameters():
+            matrix = parameter.ndim > 1 and not name.endswith(".bias")
+            groups["decay" if matrix else "no_decay"]["params"].append(parameter)
+        if self.online_classifier is not None:
+            probe = list(self.online_classifier.parameters())
+            groups["probe"] = {"name": "online_classifier", "params": probe, "weight_decay": 0.0}
+        optimizer = AdamW(
+            [g for g in groups.values() if g["params"]],
+            lr=lr,
+            betas=(self.betas[0], self.betas[1]),
+            fused=self._fused_optimizer or None,
+        )
+        warmup = self._clamped_warmup(steps)
+        self._announce(lr, steps, warmup)
+        end = self.min_lr / lr if lr else 0.0
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=end)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    @property
+    def _fused_optimizer(self) -> bool:
+        # With float16's loss scaling, a fused optimizer would unscale the gradients itself, after they were clipped.
+        return self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+
+    def _clamped_warmup(self, steps: int) -> int:
+        warmup = round(self.warmup_fraction * steps) if self.warmup_steps is None else self.warmup_steps
+        if warmup >= steps:
+            rank_zero_warn(f"The run has {steps} steps, its warm-up {warmup}: the warm-up is clamped to {steps // 2}.")
+            warmup = steps // 2
+        return warmup
+
+    def _announce(self, lr: float, steps: int, warmup: int) -> None:
+        trainer = self.trainer
+        rank_zero_info(
+            f"Global batch {self.global_batch_size} = {self.batch_size_per_device} per device x {trainer.world_size} "
+            f"device(s) x {trainer.accumulate_grad_batches} accumulated. Learning rate {lr:.3g} = {self.base_lr:.3g} x "
+            f"{self.global_batch_size} / 256, over {steps} steps, {warmup} of them warm-up."
+        )
+        if self.ema_decay and steps * (1 - self.ema_decay) < 2:
+            rank_zero_warn(
+                f"The moving average with decay {self.ema_decay} spans {1 / (1 - self.ema_decay):.0f} steps, this run "
+                f"has {steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
+            )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Move the weight decay along its schedule."""
+        if self.final_weight_decay is None:
+            return
+        step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
+        value = cosine_schedule(min(step, steps), steps, self.weight_decay, self.final_weight_decay)
+        update_param_groups(optimizer, updates=[{"name": "decay", "weight_decay": value}])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient by its norm and log it. The probe has its own loss, so its gradient does not count."""
+        limit = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
+        parameters = [p for _, p in self._own_parameters()]
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit or float("inf"), norm)
+        self.log("grad_norm", norm)
