@@ -10,13 +10,14 @@ SEG_CONFIG := mmseg_configs/nepa_tiny_digits_seg.py
 COMPARISON ?= runs/comparison
 METHODS := nepa simclr mocov3 simsiam byol dino lejepa mae ijepa aim ibot
 
-.PHONY: help setup demo compare segment-demo test test-fast lint clean
+.PHONY: help setup demo compare segment-demo test test-fast lint docs clean
 help:
 	@echo "make setup      create .venv and install everything (once; several GB, some minutes)"
 	@echo "make demo       pretrain NEPA on handwritten digits and look at what it learned (under ten minutes)"
 	@echo "make segment-demo   the same, then segmentation of scenes of digits in mmsegmentation (ten minutes)"
 	@echo "make compare    eleven methods on the digits, the same ViT and epochs, two seeds, and a report (under an hour)"
 	@echo "make test       run all tests          make test-fast   without the slow ones"
+	@echo "make docs       build the documentation's site into site/"
 	@echo "make lint       ruff and mypy          make clean       remove the environments"
 
 setup: $(STAMP)
@@ -71,6 +72,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .venv-onedl
