@@ -1,19 +1,12 @@
 """The pretraining command: LightningCLI with a run folder, device and batch checks, and errors of one line."""
 
-import difflib
-import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import torch.distributed as dist
-import yaml
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -23,24 +16,17 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
-from nepa_plugin.checkpoints import (
-    CheckpointError,
-    backbone_config,
-    check_fit,
-    load_backbone,
-    read_checkpoint,
-    save_backbone,
-)
+from nepa_plugin.checkpoints import CheckpointError, check_fit, read_checkpoint
 from nepa_plugin.data.module import ImageData
 from nepa_plugin.data.samples import DataError
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
-from nepa_plugin.runtime.provenance import provenance, write_json
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
 from nepa_plugin.training.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
-from nepa_plugin.training.configs import read_config
-from nepa_plugin.training.curves import plot_training
+from nepa_plugin.training.configs import merged_configs
+from nepa_plugin.training.outputs import run_summary, write_outputs
+from nepa_plugin.training.parser import PretrainParser
 from nepa_plugin.training.stopping import StopTogether
 
 
@@ -48,65 +34,8 @@ class UsageError(ValueError):
     """An option is wrong; the message says which and what to do."""
 
 
-class PretrainParser(LightningArgumentParser):
-    """A parser whose errors are one line, with the nearest valid key where a key is unknown."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """Print the message, with a suggestion, and exit with status 2."""
-        sys.stderr.write(f"error: {explain(message, self._known_keys())}\n")
-        sys.exit(2)
-
-    def _known_keys(self) -> list[str]:
-        keys = {a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")}
-        for cls in [Method, *_subclasses(Method)]:
-            sub = LightningArgumentParser(add_help=False)
-            sub.add_class_arguments(cls, "model.init_args", fail_untyped=False)
-            keys |= {a.dest for a in sub._actions}
-        return sorted(keys)
-
-
-def _subclasses(cls: type) -> list[type]:
-    below: list[type] = cls.__subclasses__()
-    return below + [deeper for sub in below for deeper in _subclasses(sub)]
-
-
 def _is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def explain(message: str, known_keys: list[str]) -> str:
-    """Shorten jsonargparse's message to what the user can act on.
-
-    Args:
-        message: The parser's message.
-        known_keys: Every valid dotted key.
-
-    Returns:
-        One line; for an unknown key it names the nearest valid one.
-    """
-    text = " ".join(message.split())
-    unknown = (
-        re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
-        or re.search(r"[Kk]ey ['\"]([\w.]+)['\"] (?:is not expected|does not exist|not accepted)", text)
-        or re.search(r"Option ['\"]([\w.]+)['\"] is not accepted", text)
-        or re.search(r"(?:does not accept|not accept) (?:option|nested key) ['\"]([\w.]+)['\"]", text)
-        or re.search(r"No action for key ['\"]([\w.]+)['\"]", text)
-    )
-    if not unknown:
-        return text
-    key = unknown.group(1)
-    group = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
-    if group:
-        key = f"{group.group(1)}.{key}"
-    elif "." not in key:  # jsonargparse names options of the method without their group
-        key = f"model.init_args.{key}"
-    elif key.startswith("model.") and not key.startswith("model.init_args."):
-        key = "model.init_args." + key.removeprefix("model.")
-    close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
-    if not close:  # the right option under the wrong group
-        close = [k for k in known_keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    hint = f"; did you mean `{close[0]}`?" if close else "; see --help for all options."
-    return f"config key `{key}`: no such option{hint}"
 
 
 class PretrainCLI(LightningCLI):
@@ -269,7 +198,8 @@ class PretrainCLI(LightningCLI):
             self._save_config()
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resume_from, weights_only=True)
         if self.trainer.is_global_zero:
-            self._export()
+            seed = self.config.seed_everything
+            write_outputs(self.run_dir, run_summary(self.trainer, self.method, self.clock, self.cost, seed))
 
     def _save_config(self) -> None:
         path, n = self.run_dir / "config.yaml", 1
@@ -277,44 +207,6 @@ class PretrainCLI(LightningCLI):
             n += 1
             path = self.run_dir / f"config-{n}.yaml"
         self.parser.save(self.config, str(path), skip_none=False, overwrite=False)
-
-    def _export(self) -> None:
-        last = self.run_dir / "checkpoints" / "last.ckpt"
-        if not last.is_file():  # fast_dev_run, or no step taken
-            return
-        # From the checkpoint, not from the module: there the averaged weights are under a fixed name.
-        save_backbone(load_backbone(last), self.run_dir / "backbone", overwrite=True)
-        if (self.run_dir / "metrics.csv").is_file():  # a run shorter than log_every_n_steps has logged nothing
-            plot_training(self.run_dir / "metrics.csv", self.run_dir / "loss.png")
-        write_json(self.run_dir / "summary.json", self._summary())
-        rank_zero_info(
-            f"Backbone: {self.run_dir / 'backbone'}   curves: {self.run_dir / 'loss.png'}   numbers: "
-            f"{self.run_dir / 'metrics.csv'}"
-        )
-
-    def _summary(self) -> dict[str, Any]:
-        """Return what a comparison of runs reads, and what it takes to repeat this one."""
-        config, clock = self.config, self.clock
-        return {
-            "method": self.method,
-            "seed": config.seed_everything,
-            **self.datamodule.training_data(),
-            "epochs": self.trainer.current_epoch,
-            "steps": self.trainer.global_step,
-            "global_batch_size": self.model.global_batch_size,
-            "images_seen": clock.images,
-            "seconds": clock.seconds,
-            "images_per_second": clock.images / clock.seconds if clock.seconds else None,
-            "peak_memory_bytes": clock.peak_bytes,
-            "devices": f"{self.trainer.world_size} x {self.devices.accelerator}",
-            "precision": str(self.trainer.precision),
-            "backbone": backbone_config(self.model.backbone),
-            "backbone_class": type(self.model.backbone).__name__,
-            "attention": self.model.attention,
-            "exported": "moving average" if self.model.ema_decay else self.model.exported,
-            **asdict(self.cost),
-            **provenance(),
-        }
 
 
 def base_config() -> Path | None:
@@ -345,26 +237,6 @@ def main(args: list[str] | None = None, base_config: Path | None = None) -> None
         _exit(error)
     except SIGTERMException:
         sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
-
-
-@contextmanager
-def merged_configs(args: list[str]) -> Iterator[list[str]]:
-    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too."""
-    with tempfile.TemporaryDirectory(prefix="nepa-config-") as folder:
-        expanded: list[str] = []
-        for i, arg in enumerate(args):
-            option, _, value = arg.partition("=")
-            given = value if option in ("--config", "-c") and value else None
-            if i and args[i - 1] in ("--config", "-c"):
-                given = arg
-            if given is None:
-                expanded.append(arg)
-                continue
-            merged = Path(folder) / str(i) / Path(given).name
-            merged.parent.mkdir()
-            merged.write_text(yaml.safe_dump(read_config(given), sort_keys=False))
-            expanded.append(f"{option}={merged}" if given is value else str(merged))
-        yield expanded
 
 
 def _build(args: list[str], base_config: Path | None) -> PretrainCLI:

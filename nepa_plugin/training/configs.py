@@ -1,5 +1,8 @@
 """YAML configs that build on others: a key ``base`` names the file that is read first."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +59,23 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+@contextmanager
+def merged_configs(args: list[str]) -> Iterator[list[str]]:
+    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too."""
+    with tempfile.TemporaryDirectory(prefix="nepa-config-") as folder:
+        expanded: list[str] = []
+        for i, arg in enumerate(args):
+            option, _, value = arg.partition("=")
+            given = value if option in ("--config", "-c") and value else None
+            if i and args[i - 1] in ("--config", "-c"):
+                given = arg
+            if given is None:
+                expanded.append(arg)
+                continue
+            merged = Path(folder) / str(i) / Path(given).name
+            merged.parent.mkdir()
+            merged.write_text(yaml.safe_dump(read_config(given), sort_keys=False))
+            expanded.append(f"{option}={merged}" if given is value else str(merged))
+        yield expanded

@@ -1,0 +1,67 @@
+"""The command line's parser: errors of one line, with the nearest valid key."""
+
+import difflib
+import re
+import sys
+from typing import NoReturn
+
+from pytorch_lightning.cli import LightningArgumentParser
+
+from nepa_plugin.methods import Method
+
+
+class PretrainParser(LightningArgumentParser):
+    """A parser whose errors are one line, with the nearest valid key where a key is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Print the message, with a suggestion, and exit with status 2."""
+        sys.stderr.write(f"error: {explain(message, self._known_keys())}\n")
+        sys.exit(2)
+
+    def _known_keys(self) -> list[str]:
+        keys = {a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")}
+        for cls in [Method, *_subclasses(Method)]:
+            sub = LightningArgumentParser(add_help=False)
+            sub.add_class_arguments(cls, "model.init_args", fail_untyped=False)
+            keys |= {a.dest for a in sub._actions}
+        return sorted(keys)
+
+
+def _subclasses(cls: type) -> list[type]:
+    below: list[type] = cls.__subclasses__()
+    return below + [deeper for sub in below for deeper in _subclasses(sub)]
+
+
+def explain(message: str, known_keys: list[str]) -> str:
+    """Shorten jsonargparse's message to what the user can act on.
+
+    Args:
+        message: The parser's message.
+        known_keys: Every valid dotted key.
+
+    Returns:
+        One line; for an unknown key it names the nearest valid one.
+    """
+    text = " ".join(message.split())
+    unknown = (
+        re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+        or re.search(r"[Kk]ey ['\"]([\w.]+)['\"] (?:is not expected|does not exist|not accepted)", text)
+        or re.search(r"Option ['\"]([\w.]+)['\"] is not accepted", text)
+        or re.search(r"(?:does not accept|not accept) (?:option|nested key) ['\"]([\w.]+)['\"]", text)
+        or re.search(r"No action for key ['\"]([\w.]+)['\"]", text)
+    )
+    if not unknown:
+        return text
+    key = unknown.group(1)
+    group = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
+    if group:
+        key = f"{group.group(1)}.{key}"
+    elif "." not in key:  # jsonargparse names options of the method without their group
+        key = f"model.init_args.{key}"
+    elif key.startswith("model.") and not key.startswith("model.init_args."):
+        key = "model.init_args." + key.removeprefix("model.")
+    close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
+    if not close:  # the right option under the wrong group
+        close = [k for k in known_keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    hint = f"; did you mean `{close[0]}`?" if close else "; see --help for all options."
+    return f"config key `{key}`: no such option{hint}"
