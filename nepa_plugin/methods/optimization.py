@@ -41,7 +41,7 @@ class OptimizedModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the weights where the trainer's strategy asks for it."""
-        if isinstance(self.trainer.strategy, ShardedStrategy):
+        if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self)
 
     def configure_callbacks(self) -> list[Callback]:

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from pytorch_lightning import Trainer
+from torch.utils.data import DataLoader
 
 from nepa_plugin import methods
 
@@ -64,3 +66,18 @@ def test_a_method_is_rebuilt_from_its_hyperparameters(name):
     assert again.base_lr == 1.5 and again.hparams == first.hparams
     state = again.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
+
+
+def test_a_checkpoint_is_loaded_as_lightning_users_do(tmp_path):
+    method = methods.NEPA(
+        4, 3, backbone="nepa_vit_tiny_patch14_224", img_size=32, patch_size=4, backbone_args=SIZE, ema_decay=0.5
+    )
+    batch = ([torch.randn(4, 3, 32, 32)], torch.tensor([0, 1, 2, 0]), ["a", "b", "c", "d"])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(method, DataLoader([batch, batch], batch_size=None))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = methods.NEPA.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert loaded.hparams == method.hparams
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
