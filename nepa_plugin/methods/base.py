@@ -239,11 +239,6 @@ class Method(OptimizedModule):
 
     # -- logging -------------------------------------------------------------------------------------------------------
 
-    @property
-    def is_logging_step(self) -> bool:
-        """Whether this step's values are written; anything costly to compute is computed only then."""
-        return self._trainer is not None and (self.trainer.global_step + 1) % self._log_every == 0
-
     def _mean_over_devices(self, value: Tensor) -> Tensor:
         """Return the mean over devices where it is written, and this device's value between.
 
@@ -253,16 +248,12 @@ class Method(OptimizedModule):
             return value.detach()
         return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")  # type: ignore[return-value]
 
-    @property
-    def _log_every(self) -> int:
-        return int(getattr(self.trainer, "log_every_n_steps", 50))
-
     def on_train_start(self) -> None:
         """Start the clock of ``images_per_second``."""
         self._clock = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the learning rate, and images per second since the last logged step, over all devices."""
+        """Log images per second since the last logged step, over all devices."""
         trainer = self.trainer
         if trainer.global_step == 0 or trainer.global_step % self._log_every:
             return
@@ -272,10 +263,6 @@ class Method(OptimizedModule):
             self.log("images_per_second", images / (now - self._clock[0]), prog_bar=True)
         if self._clock is None or trainer.global_step > self._clock[1]:
             self._clock = now, trainer.global_step
-        schedulers = self.lr_schedulers()
-        scheduler = schedulers[0] if isinstance(schedulers, list) else schedulers
-        if scheduler is not None:
-            self.log("lr", scheduler.get_last_lr()[0])  # type: ignore[union-attr]
 
     def on_validation_end(self) -> None:
         """Leave the time of a validation out of ``images_per_second``."""

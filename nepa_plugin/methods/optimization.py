@@ -1,5 +1,6 @@
 """How a method is optimized: parameter groups, schedule, clipping, moving average, sharding."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,63 @@ from torch.optim import AdamW, Optimizer
 
 from nepa_plugin.runtime.averaging import FusedEMA
 from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensor
+
+
+class Schedule(CosineWarmupScheduler):
+    """lightly's schedule, of which a checkpoint restores the position only.
+
+    Length, peak and warm-up are those of the run as it is asked for now, and so are the options of the parameter groups
+    (betas, weight decay), for which torch would take the checkpoint's. With the same options a run goes on exactly.
+
+    Args:
+        optimizer: The optimizer; its groups hold the options in force.
+        warmup_steps: Linear warm-up.
+        steps: Optimizer steps of the run.
+        end_value: Learning rate at the end over the largest one.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, steps: int, end_value: float) -> None:
+        super().__init__(optimizer, warmup_epochs=warmup_steps, max_epochs=steps, end_value=end_value)
+        self._options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def scale_lr(self, epoch: int) -> float:
+        """Return the factor of the largest learning rate at a step; after the end, that of the end."""
+        return super().scale_lr(min(epoch, self.max_epochs))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position, and what schedule it is one in."""
+        state: dict[str, Any] = super().state_dict()
+        del state["_options"]
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the position, and say what is different from now on."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._last_lr = [base * self.scale_lr(self.last_epoch) for base in self.base_lrs]
+        for group, options, lr in zip(self.optimizer.param_groups, self._options, self._last_lr, strict=True):
+            group.update(options, lr=lr)
+        before, now = (self._numbers(state) for state in (state_dict, self.__dict__))
+        changed = [
+            f"{name} {value:.4g} instead of {before[name]:.4g}"
+            for name, value in now.items()
+            if not math.isclose(value, before[name], rel_tol=1e-9)
+        ]
+        if changed:
+            rank_zero_warn(
+                f"Resumed after step {self.last_epoch} with {', '.join(changed)}. The steps so far were trained with "
+                f"the old schedule; the learning rate goes on with {self._last_lr[0]:.4g}, where the old one had "
+                f"{state_dict['_last_lr'][0]:.4g}."
+            )
+
+    @staticmethod
+    def _numbers(state: dict[str, Any]) -> dict[str, float]:
+        peak = state["base_lrs"][0]
+        return {
+            "steps": state["max_epochs"],
+            "warm-up steps": state["warmup_epochs"],
+            "learning rate": peak,
+            "last learning rate": peak * state["end_value"],
+        }
 
 
 class OptimizedModule(LightningModule):
@@ -82,8 +140,7 @@ class OptimizedModule(LightningModule):
         warmup = self._clamped_warmup(steps)
         self._announce(lr, steps, warmup)
         end = self.min_lr / lr if lr else 0.0
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=end)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return [optimizer], [{"scheduler": Schedule(optimizer, warmup, steps, end), "interval": "step"}]
 
     @property
     def _fused_optimizer(self) -> bool:
@@ -124,9 +181,23 @@ class OptimizedModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient by its norm and log it. The probe has its own loss, so its gradient does not count."""
+        """Clip the gradient by its norm; log the norm, and the learning rate of the step that follows.
+
+        The probe has its own loss, so its gradient does not count.
+        """
         limit = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
         parameters = [p for _, p in self._own_parameters()]
         norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, limit or float("inf"), norm)
         self.log("grad_norm", norm)
+        if self.is_logging_step:
+            self.log("lr", optimizer.param_groups[0]["lr"])
+
+    @property
+    def is_logging_step(self) -> bool:
+        """Whether this step's values are written; anything costly to compute is computed only then."""
+        return self._trainer is not None and (self.trainer.global_step + 1) % self._log_every == 0
+
+    @property
+    def _log_every(self) -> int:
+        return int(getattr(self.trainer, "log_every_n_steps", 50))
