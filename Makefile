@@ -32,16 +32,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 demo: setup
-	$(BIN)/python tools/pretrain.py --config lightly_configs/nepa_demo.yaml --run_dir $(RUN) --ckpt_path auto
-	$(BIN)/python tools/evaluate.py $(RUN)/backbone --data digits --protocol readout --floor true --out $(RUN)
-	$(BIN)/python tools/visualize.py $(RUN)/backbone --data digits --out $(RUN)/similarity.png
-	@echo
-	@echo "The loss:      $(RUN)/loss.png"
-	@echo "What it sees:  $(RUN)/similarity.png"
-	@echo "The backbone:  $(RUN)/backbone    timm.create_model('local-dir:$(RUN)/backbone', pretrained=True)"
-	@echo "All curves:    $(BIN)/tensorboard --logdir $(RUN)"
-	@echo "Next, your own images:"
-	@echo "  $(BIN)/python tools/pretrain.py --config lightly_configs/nepa_vit_b.yaml --data.train_dir YOUR_IMAGES"
+	@$(BIN)/nepa demo --run_dir $(RUN)
 
 compare: setup
 	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 --jobs 2 \

@@ -16,6 +16,7 @@ FLOORS = (
     {"methods", "segmentation"},
     {"training", "evaluation"},
     {"comparison", "speed"},
+    {"commands"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

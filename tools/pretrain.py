@@ -3,7 +3,7 @@
 python tools/pretrain.py --config lightly_configs/nepa_vit_b.yaml --data.train_dir /data/imagenet/train
 """
 
-from nepa_plugin.training.cli import base_config, main
+from nepa_plugin.commands.pretrain import main
 
 if __name__ == "__main__":
-    main(base_config=base_config())
+    main()

@@ -21,6 +21,7 @@ from nepa_plugin.data.module import ImageData
 from nepa_plugin.data.samples import DataError
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
+from nepa_plugin.runtime import shipped
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
 from nepa_plugin.training.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
@@ -209,25 +210,25 @@ class PretrainCLI(LightningCLI):
         self.parser.save(self.config, str(path), skip_none=False, overwrite=False)
 
 
-def base_config() -> Path | None:
-    """Return the file that is read before every config, where the package lies in a checkout."""
-    path = Path(__file__).parents[2] / "lightly_configs" / "base.yaml"
-    return path if path.is_file() else None
+def base_config() -> Path:
+    """Return the file that is read before every config."""
+    return shipped.folder("lightly_configs") / "base.yaml"
 
 
-def main(args: list[str] | None = None, base_config: Path | None = None) -> None:
+def main(args: list[str] | None = None, base_config: Path | None = None, prog: str | None = None) -> None:
     """Run the command.
 
     Args:
         args: Command line arguments; ``sys.argv`` by default.
         base_config: YAML file that is read before any ``--config``.
+        prog: What the help calls the command; by default the file that was started.
 
     Raises:
         SystemExit: With status 2 and one line on stderr if the input is bad, 143 if stopped by SIGTERM.
     """
     try:
         with merged_configs(sys.argv[1:] if args is None else args) as expanded:
-            cli = _build(expanded, base_config)
+            cli = _build(expanded, base_config, prog)
         cli.check()
     except (ValueError, TypeError, FileNotFoundError, CheckpointError, MisconfigurationException) as error:
         _exit(error)
@@ -239,7 +240,7 @@ def main(args: list[str] | None = None, base_config: Path | None = None) -> None
         sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
 
 
-def _build(args: list[str], base_config: Path | None) -> PretrainCLI:
+def _build(args: list[str], base_config: Path | None, prog: str | None) -> PretrainCLI:
     with warnings.catch_warnings():
         # these are the command line's arguments, with the config files merged
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -251,7 +252,7 @@ def _build(args: list[str], base_config: Path | None) -> PretrainCLI:
             save_config_callback=None,
             auto_configure_optimizers=False,
             parser_class=PretrainParser,
-            parser_kwargs={"default_config_files": [str(base_config)] if base_config else []},
+            parser_kwargs={"default_config_files": [str(base_config)] if base_config else [], "prog": prog},
             seed_everything_default=1337,
             args=args,
         )

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
+from nepa_plugin.runtime.shipped import ShippedConfigError, find, named
+
 
 class ConfigFileError(ValueError):
     """A config file cannot be used; the message names it and says what to do."""
@@ -17,11 +19,11 @@ class ConfigFileError(ValueError):
 def read_config(path: str | Path) -> dict[str, Any]:
     """Return a config with everything that it builds on.
 
-    The file named by ``base`` (relative to the file that names it) is read first; mappings are merged, anything else is
-    replaced.
+    The file named by ``base`` (relative to the file that names it, or a shipped config by its name) is read first;
+    mappings are merged, anything else is replaced.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a shipped config.
 
     Returns:
         The merged mapping, without ``base``.
@@ -29,15 +31,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigFileError: If a file is missing, is no YAML mapping, or names itself as its base.
     """
-    return _read(Path(path), ())
+    try:
+        return _read(find(path, "lightly_configs"), ())
+    except ShippedConfigError as error:
+        raise ConfigFileError(str(error)) from error
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigFileError(f"{path} builds on itself: change the key `base` in {above[-1]}.")
-    if not path.is_file():
-        named = f", which {above[-1]} names as its `base`" if above else ""
-        raise ConfigFileError(f"No config file at {path}{named}.")
     try:
         config = get_loader("yaml")(path.read_text()) or {}  # reads 1e-3 as a number, as --config does
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -49,7 +51,17 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return config
     if not isinstance(base, str):
         raise ConfigFileError(f"{path}: `base` must be the path of one file, got {base!r}.")
-    return merge(_read(path.parent / base, (*above, path.resolve())), config)
+    return merge(_read(_base_of(path, base), (*above, path.resolve())), config)
+
+
+def _base_of(path: Path, base: str) -> Path:
+    beside = path.parent / base
+    if beside.is_file():
+        return beside
+    try:
+        return named(base, "lightly_configs")
+    except ShippedConfigError as error:
+        raise ConfigFileError(f"No config file at {beside}, which {path} names as its `base`.") from error
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
