@@ -32,6 +32,7 @@ class Recorder(Callback):
         if last and trainer.global_step == self.terminate_at:
             os.kill(os.getpid(), signal.SIGTERM)
         if last and trainer.global_step == self.kill_at and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            (Path(trainer.default_root_dir) / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
@@ -53,6 +54,20 @@ class Recorder(Callback):
         torch.save(record, Path(trainer.default_root_dir) / f"record-{trainer.global_rank}.pt")
 
 
+class Ranks(Callback):
+    """Write every rank's losses and its weights at the end of training to ``rank-RANK.pt`` in the run folder."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+
+    def on_train_end(self, trainer, pl_module):
+        record = {"losses": self.losses, "state": pl_module.state_dict()}
+        torch.save(record, Path(trainer.default_root_dir) / f"rank-{trainer.global_rank}.pt")
+
+
 def arguments(run_dir, *more):
     """The demo's model, small, for eight steps of 128 images, of which none is logged but by ``more``."""
     return [
@@ -65,16 +80,19 @@ def arguments(run_dir, *more):
 
 
 def start(processes, *runs, restarts=0):
-    """Start pretraining commands one after the other, each a list of arguments, in torchrun's processes."""
+    """Run pretraining commands one after the other, each a list of arguments, in torchrun's processes."""
     script = ROOT / "tests" / "methods" / "pretrain_several.py"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    commands = [argument for run in runs for argument in ("--", *run, "--trainer.devices", str(processes))]
+    devices = "--trainer.devices", str(processes)
+    commands = [argument for run in runs for argument in ("--", *run, *(() if run[0] == "copy" else devices))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    return subprocess.run(
+    result = subprocess.run(
         [*torchrun, "--max-restarts", str(restarts), str(script), *commands[1:]],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=environment,
     )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-8000:]
+    return result

@@ -42,25 +42,64 @@ def single(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def several(request, tmp_path_factory):
-    """The same in 2 and in 4 processes, by every strategy; one of the runs is stopped in the middle by SIGTERM."""
-    n, folder = request.param, tmp_path_factory.mktemp("several")
-    fsdp = ("--trainer.strategy", "fsdp")
-    runs = [
+FSDP = ("--trainer.strategy", "fsdp")
+
+
+def runs(n, folder):
+    """The same in n processes, by every strategy; two of the runs are stopped in the middle by SIGTERM."""
+    stopped = "--data.batch_size_per_device", 128 // n, *LOGGED, *callbacks(terminate_at=13)
+    return [
         short(folder / "ddp", 128 // n),
         short(folder / "accumulated", 64 // n, accumulate=2),
-        short(folder / "fsdp", 128 // n, *fsdp),
-        short(folder / "fsdp-checkpointed", 128 // n, *fsdp, "--model.grad_checkpointing", "true"),
+        short(folder / "fsdp", 128 // n, *FSDP),
+        short(folder / "fsdp-checkpointed", 128 // n, *FSDP, "--model.grad_checkpointing", "true"),
         short(folder / "wide", 128 // n, *WIDE),
-        arguments(folder / "long", "--data.batch_size_per_device", 128 // n, *LOGGED, *fsdp, *callbacks()),
+        arguments(folder / "long", "--data.batch_size_per_device", 128 // n, *LOGGED, *FSDP, *callbacks()),
+        arguments(folder / "stopped", *stopped, *FSDP),
+        arguments(folder / "stopped-ddp", *stopped),
     ]
-    stopped = "--data.batch_size_per_device", 128 // n, *LOGGED, *callbacks(terminate_at=13)
-    runs.append(arguments(folder / "stopped", *stopped, *fsdp))
-    runs.append(arguments(folder / "stopped-ddp", *stopped))
-    result = start(n, *runs)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return n, folder
+
+
+def resumed(run_dir, n, strategy="fsdp"):
+    """Going on with a stopped run in n processes."""
+    size = "--data.batch_size_per_device", 128 // n
+    return arguments(run_dir, *size, *LOGGED, "--ckpt_path", "auto", "--trainer.strategy", strategy)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """All runs in two processes, and a copy of the sharded one that was stopped goes on there."""
+    folder = tmp_path_factory.mktemp("two")
+    copy = ["copy", str(folder / "stopped"), str(folder / "resumed")]
+    start(2, *runs(2, folder), copy, resumed(folder / "resumed", 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(two, tmp_path_factory):
+    """All runs in four processes, and copies of the sharded ones that were stopped here and in two go on there."""
+    folder = tmp_path_factory.mktemp("four")
+    shutil.copytree(two / "stopped", folder / "from-2")
+    copy = ["copy", str(folder / "stopped"), str(folder / "resumed")]
+    start(4, *runs(4, folder), copy, resumed(folder / "resumed", 4), resumed(folder / "from-2", 4))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_four(four, tmp_path_factory):
+    """What was stopped in four processes goes on in two: sharded after both strategies, and by DDP."""
+    folder = tmp_path_factory.mktemp("from-four")
+    for target, source in (("stopped", "stopped"), ("stopped-ddp", "stopped-ddp"), ("unsharded", "stopped")):
+        shutil.copytree(four / source, folder / target)
+    sharded = [resumed(folder / run, 2) for run in ("stopped", "stopped-ddp")]
+    start(2, *sharded, resumed(folder / "unsharded", 2, "ddp"))
+    return folder
+
+
+@pytest.fixture(params=[2, 4])
+def several(request):
+    """The number of processes, and the runs in them."""
+    return request.param, request.getfixturevalue("two" if request.param == 2 else "four")
 
 
 def records(run_dir, n):
@@ -145,20 +184,12 @@ def test_fsdp_divides_weights_optimizer_and_average(several, single):
     assert [rank["held_bytes"] for rank in records(folder / "ddp", n)] == n * [whole["held_bytes"]]
 
 
-def resumed(source, target, n, strategy, single):
-    """Go on with a stopped run in ``n`` processes, and compare with the run that was never stopped."""
-    shutil.copytree(source, target)
-    more = "--data.batch_size_per_device", 128 // n, *LOGGED, "--ckpt_path", "auto", "--trainer.strategy", strategy
-    if n == 1:
-        main(arguments(target, *more), base_config())
-    else:
-        result = start(n, arguments(target, *more))
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+def assert_never_stopped(target, single):
+    """The losses and the end of a run that was resumed are those of the run that nothing stopped."""
     whole, parts = curve(single / "long"), curve(target)
     assert list(whole) == sorted(parts) == list(range(20))
     assert max(abs(whole[s] - parts[s]) for s in whole) <= 1e-5
     assert_same_state(target, single / "long", 1e-5)
-    return parts
 
 
 @pytest.mark.parametrize("run", ["stopped", "stopped-ddp"])
@@ -170,37 +201,35 @@ def test_sigterm_on_one_process_stops_all_after_the_same_step(run, several):
     nepa_plugin.load_backbone(folder / run / "checkpoints" / "last.ckpt")
 
 
-def test_a_sharded_run_goes_on_in_as_many_processes_exactly(several, single, tmp_path):
-    n, folder = several
-    parts = resumed(folder / "stopped", tmp_path / "r", n, "fsdp", single)
-    assert parts == curve(folder / "long")
-    one, other = checkpoint(folder / "long"), checkpoint(tmp_path / "r")
+def test_a_sharded_run_goes_on_in_as_many_processes_exactly(several, single):
+    _, folder = several
+    assert_never_stopped(folder / "resumed", single)
+    assert curve(folder / "resumed") == curve(folder / "long")
+    one, other = checkpoint(folder / "long"), checkpoint(folder / "resumed")
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, other[key][name]) for name, value in one[key].items())
 
 
+@pytest.mark.parametrize(
+    ("fixture", "run"),
+    [("four", "from-2"), ("from_four", "stopped"), ("from_four", "stopped-ddp"), ("from_four", "unsharded")],
+    ids=["sharded-2-to-4", "sharded-4-to-2", "ddp-4-to-sharded-2", "sharded-4-to-ddp-2"],
+)
+def test_a_run_goes_on_in_another_number_of_processes(fixture, run, single, request):
+    assert_never_stopped(request.getfixturevalue(fixture) / run, single)
+
+
 @pytest.mark.parametrize("run", ["stopped", "stopped-ddp"])
-def test_a_run_goes_on_in_another_number_of_processes(run, several, single, tmp_path):
-    """Sharded in two: sharded in four; in four: sharded in two; unsharded in two: one; in four: sharded in two."""
-    n, folder = several
-    alone = n == 2 and run == "stopped-ddp"
-    resumed(folder / run, tmp_path / "r", 1 if alone else 6 - n, "auto" if alone else "fsdp", single)
-
-
-def test_a_sharded_run_goes_on_unsharded(several, single, tmp_path):
-    """In one process, and by DDP in two."""
-    n, folder = several
-    resumed(folder / "stopped", tmp_path / "r", n // 2, "auto", single)
+def test_a_run_of_two_processes_goes_on_in_one(run, two, single, tmp_path):
+    shutil.copytree(two / run, tmp_path / "r")
+    main(resumed(tmp_path / "r", 1, "auto"), base_config())
+    assert_never_stopped(tmp_path / "r", single)
 
 
 def test_a_killed_process_is_started_again_from_the_last_step(single, tmp_path):
     """torchrun --max-restarts: one of two processes dies, both come back, and the losses are those of one process."""
     run_dir = tmp_path / "r"
     more = "--data.batch_size_per_device", 64, *LOGGED, "--ckpt_path", "auto", "--checkpoint_every_n_steps", 3
-    result = start(2, arguments(run_dir, *more, *callbacks(kill_at=14)), restarts=1)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert "(exitcode: -9)" in result.stderr and (run_dir / "config-2.yaml").is_file()
-    whole, parts = curve(single / "long"), curve(run_dir)
-    assert list(whole) == sorted(parts)
-    assert max(abs(whole[s] - parts[s]) for s in whole) <= 1e-5
-    assert_same_state(run_dir, single / "long", 1e-5)
+    start(2, arguments(run_dir, *more, *callbacks(kill_at=14)), restarts=1)
+    assert (run_dir / "killed").is_file() and (run_dir / "config-2.yaml").is_file()
+    assert_never_stopped(run_dir, single)
