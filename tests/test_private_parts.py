@@ -1,4 +1,4 @@
-"""Every private part of another package that docs/private_parts.md lists is there, and every one that is used is listed."""
+"""Every private part of another package that docs/private_parts.md lists is there, and every one used is listed."""
 
 import ast
 import importlib
