@@ -1,0 +1,83 @@
+"""Labelled images to score a backbone on, prepared in the backbone's own size and normalisation."""
+
+from pathlib import Path
+from typing import Any
+
+from lightly.data import LightlyDataset
+from torch.utils.data import DataLoader
+
+from nepa_plugin.data.digits import digits_folder
+from nepa_plugin.data.files import class_names, image_folder
+from nepa_plugin.data.samples import DataError, SeededDataset
+from nepa_plugin.data.transforms import eval_transform
+
+
+def evaluation_folders(source: str | Path) -> tuple[Path, Path]:
+    """Return the folders of training and validation images; ``test`` is taken where there is no ``val``."""
+    root = digits_folder() if str(source) == "digits" else Path(source)
+    val = root / "test" if (root / "test").is_dir() and not (root / "val").is_dir() else root / "val"
+    return root / "train", val
+
+
+def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDataset]:
+    """Open labelled training and validation images.
+
+    Args:
+        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val`` (or ``test``).
+
+    Returns:
+        The training and the validation images, of the same classes.
+
+    Raises:
+        DataError: If a folder is missing, holds no image, has no or one class, or the two have different classes.
+    """
+    folders = evaluation_folders(source)
+    train, val = image_folder(folders[0], "training images"), image_folder(folders[1], "validation images")
+    classes, val_classes = class_names(train), class_names(val)
+    if not classes:
+        raise DataError(f"{folders[0]} has no classes: evaluation needs one sub-folder per class.")
+    if len(classes) < 2:
+        raise DataError(f"{folders[0]} has one class only, {classes[0]}: evaluation needs a sub-folder per class.")
+    if classes != val_classes:
+        odd = sorted(set(classes) ^ set(val_classes))
+        raise DataError(
+            f"{folders[0]} and {folders[1]} have different classes: {', '.join(odd[:6])}"
+            f"{' and others' if len(odd) > 6 else ''} only in one of them."
+        )
+    return train, val
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Return the (height, width) in pixels of the images that a timm model takes."""
+    size = getattr(model.patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]
+    return int(size[0]), int(size[1])
+
+
+def evaluation_crop(model: Any, crop_pct: float | None = None) -> float:
+    """Return the centre crop over resized side: what is given, else the model's own, 1 up to 64 pixels."""
+    if crop_pct is not None:
+        return crop_pct
+    return 1.0 if max(image_size(model)) <= 64 else float(model.pretrained_cfg["crop_pct"])
+
+
+def evaluation_loaders(
+    source: str | Path, model: Any, batch_size: int = 256, crop_pct: float | None = None
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return loaders of training and validation images without augmentation, in the model's size and normalisation.
+
+    Args:
+        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val`` (or ``test``).
+        model: A timm model; its ``pretrained_cfg`` says how images are normalised.
+        batch_size: Images per batch.
+        crop_pct: Centre crop over resized side; by default the model's own, 1 for images of 64 pixels and less.
+
+    Returns:
+        Two loaders of (images, labels, filenames).
+
+    Raises:
+        DataError: If a folder is missing, holds no image, or has no or other classes.
+    """
+    images, config = evaluation_images(source), model.pretrained_cfg
+    transform = eval_transform(image_size(model), evaluation_crop(model, crop_pct), config["mean"], config["std"])
+    train_set, val_set = (SeededDataset(d, transform, 0, list(range(len(d)))) for d in images)
+    return DataLoader(train_set, batch_size=batch_size), DataLoader(val_set, batch_size=batch_size)
