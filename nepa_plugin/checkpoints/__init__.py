@@ -10,7 +10,7 @@ from nepa_plugin.checkpoints.reading import (
     read_checkpoint,
     untrained_like,
 )
-from nepa_plugin.checkpoints.tensors import allow_mmengine_checkpoints, read_tensors
+from nepa_plugin.checkpoints.tensors import allow_mmengine_checkpoints, read_tensors, write_tensors
 from nepa_plugin.checkpoints.writing import backbone_config, save_backbone
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "read_tensors",
     "save_backbone",
     "untrained_like",
+    "write_tensors",
 ]

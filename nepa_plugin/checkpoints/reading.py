@@ -71,7 +71,7 @@ def untrained_like(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Check that ``state`` covers every weight of ``model`` with the right shape, and nothing else.
+    """Check that ``state`` covers every weight of ``model`` with the right shape, and nothing else, in finite numbers.
 
     Args:
         model: The model.
@@ -79,7 +79,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         source: What to call the checkpoint in an error.
 
     Raises:
-        CheckpointError: If a weight is missing, unexpected or of another shape; names them.
+        CheckpointError: If a weight is missing, unexpected, of another shape, or not finite; names them.
     """
     own = model.state_dict()
     missing = [k for k in own if k not in state]
@@ -89,6 +89,11 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
         for k in own
         if k in state and state[k].shape != own[k].shape
     ]
+    if infinite := [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+        raise CheckpointError(
+            f"{source} holds values that are not finite in {listing(infinite)}: its training has diverged. Take an "
+            "earlier checkpoint; nothing was loaded."
+        )
     problems = [
         f"{what}: {listing(keys)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("shape differs", shapes))

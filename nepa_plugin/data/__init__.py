@@ -24,7 +24,7 @@ _WHERE = {
     "transforms": ("NEPATransform", "eval_transform"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
-__all__ = sorted(_MODULES)  # noqa: PLE0605
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nepa_plugin.data.files import class_names, find_bad_images, image_folder
-from nepa_plugin.runtime.provenance import write_json
 from nepa_plugin.data.samples import DataError
 from nepa_plugin.data.shards import INDEX, import_webdataset, read_shard, shard_name, shard_urls
+from nepa_plugin.runtime.provenance import write_json
 
 
 def make_shards(

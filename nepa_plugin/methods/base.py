@@ -1,5 +1,6 @@
 """What every self-supervised method shares: backbone, online probe, steps, logging."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -51,6 +52,8 @@ class Method(OptimizedModule):
         warmup_steps: Linear warm-up in steps; overrides the fraction.
         clip_grad_norm: Largest norm of the gradient (without the probe's); 0 turns clipping off.
         ema_decay: Decay of the moving average of the weights, which is validated and exported; 0 turns it off.
+        nonfinite_steps: Steps whose loss or gradient may be not finite: their gradient is set to zero, and one more
+            ends the run.
         grad_checkpointing: Recompute each block's activations in the backward pass instead of keeping them: a third
             more arithmetic, a fraction of the memory.
 
@@ -84,11 +87,16 @@ class Method(OptimizedModule):
         warmup_steps: int | None = None,
         clip_grad_norm: float = 1.0,
         ema_decay: float = 0.9999,
+        nonfinite_steps: int = 0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
+        if not (math.isfinite(base_lr) and base_lr >= 0):
+            raise ValueError(f"base_lr must be a finite number and not negative, got {base_lr}.")
+        if nonfinite_steps < 0:
+            raise ValueError(f"nonfinite_steps must not be negative, got {nonfinite_steps}.")
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"warmup_fraction must be in [0, 1), got {warmup_fraction}; use warmup_steps for steps.")
         self.batch_size_per_device = batch_size_per_device
@@ -103,6 +111,7 @@ class Method(OptimizedModule):
         self.warmup_steps = warmup_steps
         self.clip_grad_norm = clip_grad_norm
         self.ema_decay = ema_decay
+        self.nonfinite_steps = nonfinite_steps
         args = {"img_size": img_size, "patch_size": patch_size, "drop_path_rate": drop_path_rate, "num_classes": 0}
         try:
             self.backbone: Any = timm.create_model(backbone, **(args | (backbone_args or {})))
@@ -219,6 +228,8 @@ class Method(OptimizedModule):
         views, targets = batch[0], batch[1]
         views = [views] if isinstance(views, Tensor) else views
         loss, features = self.step(views)
+        bad = ~loss.detach().isfinite()
+        self._nonfinite_loss = bad if self._nonfinite_loss is None else self._nonfinite_loss | bad
         self.log("train_loss", self._mean_over_devices(loss), prog_bar=True)
         if self.online_classifier is None:
             return loss

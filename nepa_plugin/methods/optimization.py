@@ -9,11 +9,15 @@ from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from nepa_plugin.runtime.averaging import FusedEMA
-from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensor
+from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensor, local_tensor
+
+
+class DivergenceError(RuntimeError):
+    """Training has left the finite numbers; the message says when and what to do."""
 
 
 class Schedule(CosineWarmupScheduler):
@@ -89,8 +93,13 @@ class OptimizedModule(LightningModule):
     warmup_steps: int | None
     clip_grad_norm: float
     ema_decay: float
+    nonfinite_steps: int
     #: The probe, which has a learning rate but no weight decay, and no part in clipping.
     online_classifier: Any
+    #: Whether a loss since the last step was not finite, and how many steps were not: on the device, read with the log.
+    _nonfinite_loss: Tensor | None = None
+    _nonfinite: Tensor | None = None
+    _checked_step = 0
 
     @property
     def global_batch_size(self) -> int:
@@ -183,15 +192,62 @@ class OptimizedModule(LightningModule):
     ) -> None:
         """Clip the gradient by its norm; log the norm, and the learning rate of the step that follows.
 
-        The probe has its own loss, so its gradient does not count.
+        The probe has its own loss, so its gradient does not count. Steps that are not finite are counted, and read with
+        the log: until then, nothing waits for the device.
         """
         limit = self.clip_grad_norm if gradient_clip_val is None else gradient_clip_val
         parameters = [p for _, p in self._own_parameters()]
         norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if self._count_nonfinite(norm):
+            norm = torch.nan_to_num(norm, 0.0, 0.0, 0.0)
         torch.nn.utils.clip_grads_with_norm_(parameters, limit or float("inf"), norm)
         self.log("grad_norm", norm)
         if self.is_logging_step:
             self.log("lr", optimizer.param_groups[0]["lr"])
+            self.check_finite()
+
+    def _count_nonfinite(self, norm: Tensor) -> bool:
+        """Count the step if its loss or gradient is not finite; return whether such a gradient was set to zero."""
+        # Under float16 the loss is scaled until gradients overflow, and its scaler leaves such a step out.
+        bad = torch.zeros_like(norm, dtype=torch.bool) if self.trainer.precision == "16-mixed" else ~norm.isfinite()
+        if self._nonfinite_loss is not None:
+            bad = bad | self._nonfinite_loss
+            self._nonfinite_loss = None
+        self._nonfinite = bad.long() if self._nonfinite is None else self._nonfinite + bad
+        if not self.nonfinite_steps:
+            return False
+        gradients = [local_tensor(p.grad) for p in self.parameters() if p.grad is not None]
+        for gradient in gradients:
+            gradient.masked_fill_(bad, 0.0)
+        return True
+
+    def check_finite(self, weights: bool = False) -> None:
+        """Read the count of steps that were not finite; every process must call this after the same step.
+
+        Args:
+            weights: Look at the weights, too.
+
+        Raises:
+            DivergenceError: If there were more than are tolerated, or a weight is not finite.
+        """
+        count = torch.zeros((), dtype=torch.long, device=self.device) if self._nonfinite is None else self._nonfinite
+        broken = torch.zeros((), dtype=torch.long, device=self.device)
+        if weights:
+            broken = ~torch.stack([local_tensor(p.detach()).isfinite().all() for p in self.parameters()]).all()
+        read = torch.stack([count, broken.long()])
+        if self.trainer.world_size > 1:
+            read = self.trainer.strategy.reduce(read, reduce_op="max")  # type: ignore[assignment]
+        steps, broken_weights = read.tolist()
+        step = self.trainer.global_step + (not weights)  # a log is read within its step, a checkpoint after it
+        if steps > self.nonfinite_steps or broken_weights:
+            found = f"{steps} step(s) had a loss or gradient that is not finite" if steps else "a weight is not finite"
+            raise DivergenceError(
+                f"Training has diverged: {found}, after step {self._checked_step} and no later than step {step}. The "
+                f"checkpoint before that is kept. Lower base_lr (now {self.base_lr:g}), warm up longer, or clip harder "
+                f"(clip_grad_norm, now {self.clip_grad_norm:g}), and go on from it with --ckpt_path last. Single bad "
+                "batches are passed over with nonfinite_steps."
+            )
+        self._checked_step = step
 
     @property
     def is_logging_step(self) -> bool:

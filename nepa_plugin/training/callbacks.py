@@ -12,9 +12,11 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from nepa_plugin.checkpoints import write_tensors
 from nepa_plugin.data.samples import trained_batches
 
 
@@ -36,10 +38,18 @@ class StepSeed(Callback):
         torch.manual_seed((self.seed * 1_000_003 + trained_batches(trainer)) % 2**63)
 
 
-class LastCheckpoint(ModelCheckpoint):
-    """Keep ``last.ckpt``: every n optimizer steps, at the end of each epoch, and on SIGTERM.
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes with :func:`~nepa_plugin.checkpoints.write_tensors`, and keeps the checkpoint before as previous.ckpt."""
 
-    Only ever written between two optimizer steps, so that resuming from it is exact.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the file at once or not at all."""
+        write_tensors(checkpoint, path, previous=Path(path).with_name("previous.ckpt"))
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keep ``last.ckpt``, and the one before it: every n optimizer steps, at the end of each epoch, and on SIGTERM.
+
+    Only ever written between two optimizer steps, so that resuming from it is exact, and only with finite weights.
 
     Args:
         folder: Where ``last.ckpt`` goes.
@@ -54,6 +64,17 @@ class LastCheckpoint(ModelCheckpoint):
             every_n_train_steps=every_n_steps,
             enable_version_counter=False,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the writer in place."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that was asked for stays
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        method: Any = trainer.lightning_module
+        method.check_finite(weights=True)
+        super()._save_checkpoint(trainer, filepath)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step and self._last_global_step_saved != trainer.global_step:

@@ -21,6 +21,7 @@ from nepa_plugin.data.module import ImageData
 from nepa_plugin.data.samples import DataError
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
+from nepa_plugin.methods.optimization import DivergenceError
 from nepa_plugin.runtime import shipped
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
@@ -224,7 +225,8 @@ def main(args: list[str] | None = None, base_config: Path | None = None, prog: s
         prog: What the help calls the command; by default the file that was started.
 
     Raises:
-        SystemExit: With status 2 and one line on stderr if the input is bad, 143 if stopped by SIGTERM.
+        SystemExit: With one line on stderr: status 2 if the input is bad, 1 if training diverged; 143 if stopped by
+            SIGTERM.
     """
     try:
         with merged_configs(sys.argv[1:] if args is None else args) as expanded:
@@ -236,6 +238,8 @@ def main(args: list[str] | None = None, base_config: Path | None = None, prog: s
         cli.fit()
     except (DataError, CheckpointError) as error:
         _exit(error)
+    except DivergenceError as error:
+        _exit(error, status=1)
     except SIGTERMException:
         sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
 
@@ -258,13 +262,13 @@ def _build(args: list[str], base_config: Path | None, prog: str | None) -> Pretr
         )
 
 
-def _exit(error: Exception) -> NoReturn:
+def _exit(error: Exception, status: int = 2) -> NoReturn:
     text = str(error)
     cause = error.__cause__ or error.__context__
     if isinstance(cause, (DataError, CheckpointError, UsageError, ValueError)) and str(cause) in text:
         text = str(cause)
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
-    sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
