@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "nepa_plugin"
 #: From the bottom to the top. A room imports rooms of the floors below it, not its neighbours.
 FLOORS = (
     {"predictor", "loss"},
-    {"models"},
-    {"checkpoints", "runtime"},
+    {"models", "runtime"},
+    {"checkpoints"},
     {"data"},
     {"analysis"},
     {"methods", "segmentation"},

@@ -1,8 +1,6 @@
 """Files of ``torch.save``: written at once or not at all, and read as tensors only, with nothing unpickled."""
 
-import os
 import pickle
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +8,7 @@ import numpy as np
 import torch
 
 from nepa_plugin.checkpoints.errors import CheckpointError
-
-#: Names of files that are being written begin with this; after a kill, such a file is of no use.
-PART_PREFIX = ".saving-"
+from nepa_plugin.runtime.files import whole_file
 
 
 def allow_mmengine_checkpoints() -> None:
@@ -45,11 +41,12 @@ def allow_mmengine_checkpoints() -> None:
     )
 
 
-def read_tensors(path: str | Path) -> Any:
+def read_tensors(path: str | Path, mmap: bool = False) -> Any:
     """Return what ``torch.load(weights_only=True)`` reads from a file, on the CPU.
 
     Args:
         path: A ``.ckpt``, ``.pth`` or ``.pt`` file.
+        mmap: Read the tensors only when they are used.
 
     Returns:
         The checkpoint.
@@ -60,7 +57,7 @@ def read_tensors(path: str | Path) -> Any:
     if Path(path).suffix == ".pth":
         allow_mmengine_checkpoints()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # on garbage, the restricted unpickler fails in any way, sometimes without a message
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path} cannot be read as tensors only: {reason}") from error
@@ -69,8 +66,7 @@ def read_tensors(path: str | Path) -> Any:
 def write_tensors(content: Any, path: str | Path, previous: str | Path | None = None) -> None:
     """Write what ``torch.save`` takes to a file, so that at every moment the old file or the new one is there, whole.
 
-    It is written beside its place, forced to the disk, and renamed. Through a temporary folder on another file system
-    the last step would be a copy, which a kill or a full disk leaves half done.
+    See :func:`~nepa_plugin.runtime.files.whole_file` for how.
 
     Args:
         content: What to save.
@@ -81,33 +77,10 @@ def write_tensors(content: Any, path: str | Path, previous: str | Path | None = 
         CheckpointError: If it cannot be written. The old file stays.
     """
     path = Path(path)
-    part = path.with_name(f"{PART_PREFIX}{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with whole_file(path, previous) as part, part.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.is_file():
-            link = path.with_name(f"{PART_PREFIX}{Path(previous).name}.{os.getpid()}")
-            link.unlink(missing_ok=True)
-            os.link(path, link)  # the old file has both names until the new one takes the first
-            os.replace(link, previous)
-        os.replace(part, path)
-        _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer has its own for a full disk
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         kept = " The one before it is kept." if path.is_file() else ""
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise CheckpointError(f"{path} could not be written: {reason}.{kept} Make room, or write elsewhere.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk, where the system can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -12,6 +12,7 @@ from torch import nn
 
 from nepa_plugin.checkpoints.errors import CheckpointError
 from nepa_plugin.checkpoints.published import to_nepa
+from nepa_plugin.runtime.files import part_of, remove_parts
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
@@ -44,8 +45,9 @@ def save_backbone(
     if layout not in ("timm", "nepa"):
         raise ValueError(f"layout={layout!r} is neither 'timm' nor 'nepa'.")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_parts(folder)
     # Written beside the target first, so that an interruption leaves no half folder behind.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as tmp:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=part_of(folder).name + "-") as tmp:
         if layout == "timm":
             save_for_hf(model, tmp, safe_serialization=True)
         else:

@@ -15,7 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from nepa_plugin.commands.naming import command_line, command_parser
-from nepa_plugin.runtime.provenance import write_json
+from nepa_plugin.runtime.files import write_json
 from nepa_plugin.speed import Options, benchmark, cases, kernel_table, profile_step, table
 from nepa_plugin.speed.cases import NAMES, PLAIN
 

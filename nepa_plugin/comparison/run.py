@@ -24,7 +24,7 @@ from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.data.evaluation import evaluation_folders
 from nepa_plugin.data.files import fingerprint
 from nepa_plugin.evaluation import EvaluationOptions, check_evaluation, evaluate, read_results
-from nepa_plugin.runtime.provenance import write_json
+from nepa_plugin.runtime.files import write_json
 from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
 

@@ -9,12 +9,12 @@ from typing import Any
 
 _WHERE = {
     "cache": ("cache_dir",),
+    "errors": ("DataError",),
     "digits": ("TRAINING_DIGITS", "digit_images", "digits_folder"),
     "evaluation": ("evaluation_crop", "evaluation_folders", "evaluation_images", "evaluation_loaders", "image_size"),
     "files": ("IMAGE_EXTENSIONS", "class_names", "files_signature", "find_bad_images", "fingerprint", "image_folder"),
     "module": ("ImageData",),
     "samples": (
-        "DataError",
         "EpochBatchSampler",
         "ResumableLoader",
         "SeededDataset",

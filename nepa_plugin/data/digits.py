@@ -1,13 +1,14 @@
 """scikit-learn's handwritten digits: the real images that the embedded demos are made of."""
 
-import shutil
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from nepa_plugin.data.cache import cache_dir
+from nepa_plugin.data.errors import DataError
+from nepa_plugin.runtime.files import whole_folder
 
 #: The first so many of the 1,797 digits are for training, in pretraining and in scenes; the rest are for validation.
 TRAINING_DIGITS = 1400
@@ -39,18 +40,18 @@ def digits_folder(root: str | Path | None = None) -> Path:
 
     Returns:
         The folder that holds ``train`` and ``val``.
+
+    Raises:
+        DataError: If it cannot be written.
     """
     target = Path(root) if root else cache_dir() / "digits"
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=".digits-"))
-    for i, (image, label) in enumerate(zip(*digit_images(32), strict=True)):
-        folder = tmp / ("train" if i < TRAINING_DIGITS else "val") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        image.save(folder / f"{i:04d}.png")
-    try:
-        tmp.rename(target)  # atomic: another process may be doing the same
-    except OSError:
-        shutil.rmtree(tmp)
+    with suppress(OSError), whole_folder(target) as part:  # another process may be first
+        for i, (image, label) in enumerate(zip(*digit_images(32), strict=True)):
+            folder = part / ("train" if i < TRAINING_DIGITS else "val") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i:04d}.png")
+    if not target.is_dir():
+        raise DataError(f"The digits could not be written to {target}: is there room, and may you write there?")
     return target

@@ -7,8 +7,9 @@ from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import class_names, image_folder
-from nepa_plugin.data.samples import DataError, SeededDataset
+from nepa_plugin.data.samples import SeededDataset
 from nepa_plugin.data.transforms import eval_transform
 
 

@@ -11,7 +11,8 @@ from lightly.data import LightlyDataset
 from PIL import Image, UnidentifiedImageError
 
 from nepa_plugin.data.cache import cache_dir
-from nepa_plugin.data.samples import DataError
+from nepa_plugin.data.errors import DataError
+from nepa_plugin.runtime.files import write_json
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -56,10 +57,7 @@ def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
     with _file_threads() as pool:
         flags = pool.map(lambda file: _is_bad_image(str(root / file)), files)
         bad = [file for file, is_bad in zip(files, flags, strict=True) if is_bad]
-    record.parent.mkdir(parents=True, exist_ok=True)
-    tmp = record.with_suffix(f".{os.getpid()}")
-    tmp.write_text(json.dumps({"root": str(root), "signature": signature, "bad": bad}))
-    tmp.replace(record)
+    write_json(record, {"root": str(root), "signature": signature, "bad": bad})
     return bad
 
 

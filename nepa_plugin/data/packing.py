@@ -1,15 +1,13 @@
 """Image folders into shards: tar files for webdataset, and the index that training reads."""
 
 import random
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import class_names, find_bad_images, image_folder
-from nepa_plugin.data.samples import DataError
 from nepa_plugin.data.shards import INDEX, import_webdataset, read_shard, shard_name, shard_urls
-from nepa_plugin.runtime.provenance import write_json
+from nepa_plugin.runtime.files import whole_folder, write_json
 
 
 def make_shards(
@@ -50,23 +48,16 @@ def make_shards(
         raise DataError(f"{folder} holds no readable image.")
     random.Random(seed).shuffle(samples)
     webdataset = import_webdataset()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))  # what is there is always complete
-    try:
-        pattern = str(tmp / "images-%06d.tar")
+    with whole_folder(target) as part:  # what is there is always complete
+        pattern = str(part / "images-%06d.tar")
         with webdataset.ShardWriter(pattern, images_per_shard, float("inf"), verbose=0, mtime=0) as writer:
             for i, (path, label) in enumerate(samples):
                 suffix = Path(path).suffix[1:].lower()
                 writer.write({"__key__": f"{i:09d}", suffix: Path(path).read_bytes(), "cls": str(label).encode()})
-        names = sorted(path.name for path in tmp.iterdir())
+        names = sorted(path.name for path in part.iterdir())
         counts = [min(images_per_shard, len(samples) - i * images_per_shard) for i in range(len(names))]
         index = _index(dict(zip(names, counts, strict=True)), class_names(images))
-        write_json(tmp / INDEX, index)
-        tmp.chmod(0o755)
-        tmp.rename(target)
-    except BaseException:
-        shutil.rmtree(tmp)
-        raise
+        write_json(part / INDEX, index)
     return index
 
 

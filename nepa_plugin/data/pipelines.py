@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.resample import resize_crops
-from nepa_plugin.data.samples import DataError, SeededDataset, generators_of, torch_seeded
+from nepa_plugin.data.samples import SeededDataset, generators_of, torch_seeded
 from nepa_plugin.data.transforms import CropFlip, crop_flip
 
 PipelineName = Literal["pil", "tensor", "device"]

@@ -14,13 +14,10 @@ import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader, Dataset
 
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.transforms import crop_flip
 
 SampleKey = tuple[int, int]  # (epoch, index)
-
-
-class DataError(ValueError):
-    """The images cannot be used; the message names the file or folder and says what to do."""
 
 
 def sample_seed(*key: int) -> int:

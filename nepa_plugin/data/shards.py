@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import IMAGE_EXTENSIONS
 from nepa_plugin.data.pipelines import PilPipeline
-from nepa_plugin.data.samples import DataError, ResumableLoader
+from nepa_plugin.data.samples import ResumableLoader
 
 INDEX = "index.json"
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from nepa_plugin.checkpoints import CheckpointError, backbone_config
 from nepa_plugin.data.cache import cache_dir
 from nepa_plugin.data.files import files_signature
+from nepa_plugin.runtime.files import remove_parts, whole_file
 
 FORMAT = 1  # raise it when features of the same key would differ
 
@@ -67,12 +66,10 @@ class FeatureCache:
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors, each at once or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(self.folder)
         for name, value in tensors.items():
-            handle, tmp = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
-            os.close(handle)
-            save_file({"values": value.contiguous()}, tmp)
-            os.replace(tmp, self._path(name))
+            with whole_file(self._path(name)) as part:
+                save_file({"values": value.contiguous()}, part)
 
     def _path(self, name: str) -> Path:
         return self.folder / (name.replace("/", "-").replace(" ", "_") + ".safetensors")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from nepa_plugin.evaluation.readout import ReadoutRow, readout_table
-from nepa_plugin.runtime.provenance import write_json
+from nepa_plugin.runtime.files import write_json
 
 RESULTS_NAME = "results.json"
 

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import nn
 
 from nepa_plugin.checkpoints import save_backbone, untrained_like
-from nepa_plugin.data.samples import DataError
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.evaluation.attentive import TokenSet, attentive_probe, attentive_probe_tokens
 from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.cache import FeatureCache, files_hash, model_description, weights_hash

@@ -1,7 +1,6 @@
 """What it takes to repeat a result: versions, commit and hardware."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -28,15 +27,6 @@ def provenance() -> dict[str, Any]:
         "uncommitted_changes": bool(changes) if commit else None,
         "hardware": {"gpus": gpus, "cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file at once or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    tmp.write_text(json.dumps(content, indent=1) + "\n")
-    tmp.replace(path)
 
 
 def _version(package: str) -> str | None:

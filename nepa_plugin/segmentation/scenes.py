@@ -1,13 +1,12 @@
 """The embedded segmentation demo: scenes of handwritten digits with a class per pixel, in ADE20K's folder layout."""
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from nepa_plugin.data.digits import TRAINING_DIGITS, digit_images
+from nepa_plugin.runtime.files import whole_folder
 
 #: Classes in the order of the labels 1 to 11; label 0 is void, as in ADE20K.
 SCENE_CLASSES = ("background", *(f"digit {i}" for i in range(10)))
@@ -45,27 +44,19 @@ def digit_scenes(
     if target.exists():
         raise FileExistsError(f"{target} exists and is left as it is. Remove it or choose another folder.")
     images, labels = digit_images(_CELL)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # written aside and renamed, so that an interruption leaves nothing half-made
-    tmp = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with whole_folder(target) as part:
         for split, count, chosen in (
             ("training", num_training, range(TRAINING_DIGITS)),
             ("validation", num_validation, range(TRAINING_DIGITS, len(images))),
         ):
             rng = np.random.default_rng([seed, chosen.start])
             for kind in ("images", "annotations"):
-                (tmp / kind / split).mkdir(parents=True)
+                (part / kind / split).mkdir(parents=True)
             own_images, own_labels = [images[j] for j in chosen], labels[chosen]
             for i in range(count):
                 image, annotation = _scene(own_images, own_labels, grid, rng)
-                Image.fromarray(image).convert("RGB").save(tmp / "images" / split / f"{i:04d}.png")
-                Image.fromarray(annotation).save(tmp / "annotations" / split / f"{i:04d}.png")
-        tmp.chmod(0o755)
-        tmp.rename(target)
-    except BaseException:
-        shutil.rmtree(tmp)
-        raise
+                Image.fromarray(image).convert("RGB").save(part / "images" / split / f"{i:04d}.png")
+                Image.fromarray(annotation).save(part / "annotations" / split / f"{i:04d}.png")
     return target
 
 

@@ -17,8 +17,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
 from nepa_plugin.checkpoints import CheckpointError, check_fit, read_checkpoint
+from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.module import ImageData
-from nepa_plugin.data.samples import DataError
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.methods.optimization import DivergenceError

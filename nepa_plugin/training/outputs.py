@@ -9,7 +9,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.checkpoints import backbone_config, load_backbone, save_backbone
 from nepa_plugin.methods.cost import TrainingCost
-from nepa_plugin.runtime.provenance import provenance, write_json
+from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.training.callbacks import RunClock
 from nepa_plugin.training.curves import plot_training
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nepa_plugin.checkpoints import CheckpointError, read_tensors, write_tensors
-from nepa_plugin.checkpoints.tensors import PART_PREFIX
+from nepa_plugin.runtime.files import PART_PREFIX
 
 
 def test_the_one_before_is_kept(tmp_path):

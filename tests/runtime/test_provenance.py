@@ -2,10 +2,9 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 
-from nepa_plugin.runtime.provenance import provenance, write_json
+from nepa_plugin.runtime.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,11 +19,3 @@ def test_names_versions_commit_and_hardware():
         assert facts["uncommitted_changes"] in (True, False)
     assert facts["hardware"]["cores"] >= 1 and facts["hardware"]["cpu"]
     assert json.loads(json.dumps(facts)) == facts
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    write_json(tmp_path / "new" / "a.json", {"x": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "new" / "a.json", {"x": object()})
-    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"x": 1}
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.json"]
