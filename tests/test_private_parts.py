@@ -31,6 +31,7 @@ ARGUMENTS = {
     "pytorch_lightning.callbacks.ModelCheckpoint._save_checkpoint": ["trainer", "filepath"],
     "pytorch_lightning.callbacks.WeightAveraging._swap_models": ["pl_module"],
     "pytorch_lightning.callbacks.WeightAveraging._copy_average_to_current": ["pl_module"],
+    "pytorch_lightning.loggers.csv_logs.ExperimentWriter._rewrite_with_new_header": ["fieldnames"],
     "pytorch_lightning.cli.LightningCLI._get": ["config", "key"],
     "lightly.data.ijepa_collate.IJEPAMaskCollator._sample_block_size": ["generator", "scale", "aspect_ratio_scale"],
 }

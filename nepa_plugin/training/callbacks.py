@@ -1,17 +1,14 @@
-"""What a run needs around Lightning: exact resume, one last checkpoint, logs that survive a restart."""
+"""What a run needs around Lightning: exact resume, the last checkpoint, its clock, a line per epoch."""
 
 import resource
-import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
@@ -80,6 +77,13 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every n steps; what an epoch ends with is saved after its validation, which would else be lost."""
+        if not trainer.is_last_batch and batch_idx + 1 < trainer.num_training_batches:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what the epoch ended with."""
         self._save(trainer)
@@ -92,28 +96,6 @@ class LastCheckpoint(ModelCheckpoint):
         if isinstance(exception, SIGTERMException) and not trainer.fit_loop._should_accumulate():
             self._save(trainer)
             rank_zero_info(f"Stopped by SIGTERM after step {trainer.global_step}; go on with --ckpt_path last.")
-
-
-class KeepingCSVLogger(CSVLogger):
-    """Lightning's ``CSVLogger``, except that a file from before the restart is continued instead of deleted."""
-
-    @property
-    def experiment(self) -> Any:
-        """The writer, with the rows of earlier runs still in the file."""
-        if self._experiment is not None:
-            return self._experiment
-        path = Path(self.log_dir) / "metrics.csv"
-        kept = path.with_name("metrics.previous.csv")
-        if path.is_file():
-            shutil.copyfile(path, kept)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*will be deleted.*")  # not here
-            experiment = super().experiment
-        if kept.is_file() and self._experiment is not None:
-            kept.replace(path)
-            with path.open() as file:
-                self._experiment.metrics_keys = file.readline().strip().split(",")
-        return experiment
 
 
 class RunClock(Callback):

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
-from nepa_plugin.checkpoints import CheckpointError, check_fit, read_checkpoint
+from nepa_plugin.checkpoints import CheckpointError, check_fit, read_checkpoint, read_tensors
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.module import ImageData
 from nepa_plugin.methods import Method
@@ -25,15 +25,13 @@ from nepa_plugin.methods.optimization import DivergenceError
 from nepa_plugin.runtime import shipped
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
-from nepa_plugin.training.callbacks import EpochLines, KeepingCSVLogger, LastCheckpoint, RunClock, StepSeed
+from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, RunClock, StepSeed
 from nepa_plugin.training.configs import merged_configs
+from nepa_plugin.training.metrics_file import KeepingCSVLogger, KeptMetrics
 from nepa_plugin.training.outputs import run_summary, write_outputs
 from nepa_plugin.training.parser import PretrainParser
+from nepa_plugin.training.run_folder import RunFolder, UsageError
 from nepa_plugin.training.stopping import StopTogether
-
-
-class UsageError(ValueError):
-    """An option is wrong; the message says which and what to do."""
 
 
 def _is_rank_zero() -> bool:
@@ -83,9 +81,11 @@ class PretrainCLI(LightningCLI):
             named = [str(c) for c in config.get("config") or []]
             config.run_dir = str(Path("runs") / (Path(named[-1]).stem if named else "pretrain"))
         self.run_dir = Path(config.run_dir)
+        self.folder = RunFolder(self.run_dir)
         trainer = config.trainer
         self.devices = resolve_devices(trainer.accelerator, trainer.devices)
-        self.resume_from = self._resume_from()
+        # Other processes start when the first has written.
+        self.resume_from = self.folder.resume_from(config.ckpt_path, first=_is_rank_zero())
         if config.global_batch_size is not None:
             self._accumulate()
 
@@ -106,26 +106,6 @@ class PretrainCLI(LightningCLI):
             )
         self.accumulate = accumulate
 
-    def _resume_from(self) -> Path | None:
-        """Decide what to resume from, and refuse to write over another run."""
-        wanted, last = self.config.ckpt_path, self.run_dir / "checkpoints" / "last.ckpt"
-        if wanted in ("last", "auto"):
-            if last.is_file():
-                return last
-            if wanted == "last":
-                raise UsageError(f"--ckpt_path last: there is no {last}. Leave the option out to start a new run.")
-        resume = Path(wanted) if wanted not in (None, "last", "auto") else None
-        if resume is not None and not resume.is_file():
-            raise UsageError(f"--ckpt_path: no checkpoint at {resume}. Give a .ckpt file, 'last' or 'auto'.")
-        own = resume is not None and self.run_dir.resolve() in resume.resolve().parents
-        used = self.run_dir.is_dir() and any(self.run_dir.iterdir())
-        # Other ranks start after rank zero has written; 'auto' may find a run that died before its first checkpoint.
-        if used and not own and wanted != "auto" and _is_rank_zero():
-            raise UsageError(
-                f"The run folder {self.run_dir} exists. Choose another with --run_dir, or go on with --ckpt_path last."
-            )
-        return resume
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer: device, precision, loggers and callbacks that every run has."""
         given = self._get(self.config_init, "trainer")
@@ -142,8 +122,8 @@ class PretrainCLI(LightningCLI):
             kwargs["accumulate_grad_batches"] = self.accumulate
         if given.logger in (None, True):
             kwargs["logger"] = [
-                KeepingCSVLogger(str(self.run_dir), name="", version="", flush_logs_every_n_steps=1),
-                TensorBoardLogger(str(self.run_dir), name="tensorboard", version=""),
+                KeepingCSVLogger(self.run_dir),
+                TensorBoardLogger(str(self.run_dir), name="tensorboard", version="", purge_step=self._steps_so_far()),
             ]
         self.clock = RunClock()
         own = given.callbacks or []
@@ -151,6 +131,7 @@ class PretrainCLI(LightningCLI):
         callbacks += [
             StepSeed(self.datamodule.seed),
             StopTogether(),
+            KeptMetrics(),
             LastCheckpoint(self.run_dir / "checkpoints", self.config.checkpoint_every_n_steps),
         ]
         if given.enable_progress_bar in (None, True):
@@ -158,6 +139,16 @@ class PretrainCLI(LightningCLI):
             callbacks.append(RichProgressBar(refresh_rate=10, leave=False) if terminal else EpochLines())
             kwargs["enable_progress_bar"] = terminal
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _steps_so_far(self) -> int | None:
+        """Return the steps of the checkpoint to go on from; what was logged after it is trained again."""
+        if self.resume_from is None:
+            return None
+        checkpoint = read_tensors(self.resume_from, mmap=True)
+        steps = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+        if not isinstance(steps, int):
+            raise UsageError(f"--ckpt_path: {self.resume_from} is no checkpoint of a pretraining run.")
+        return steps
 
     def _strategy(self, given: str | Strategy) -> str | Strategy:
         """Return what Lightning takes for ``--trainer.strategy``: its own names, but for these three."""
@@ -172,7 +163,16 @@ class PretrainCLI(LightningCLI):
         return given
 
     def check(self) -> None:
-        """Check images and checkpoint before training."""
+        """Check run folder, images and checkpoint before training."""
+        if _is_rank_zero():
+            self.folder.lock()
+        try:
+            self._check()
+        except BaseException:
+            self.folder.unlock()
+            raise
+
+    def _check(self) -> None:
         self.method = type(self.model).__name__  # sharding replaces the class
         if isinstance(self.trainer.strategy, ShardedStrategy):
             check_shardable(self.model)
@@ -196,12 +196,15 @@ class PretrainCLI(LightningCLI):
     def fit(self) -> None:
         """Train, then export the backbone and draw the curves."""
         if _is_rank_zero():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.folder.prepare()
             self._save_config()
-        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resume_from, weights_only=True)
-        if self.trainer.is_global_zero:
-            seed = self.config.seed_everything
-            write_outputs(self.run_dir, run_summary(self.trainer, self.method, self.clock, self.cost, seed))
+        try:
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.resume_from, weights_only=True)
+            if self.trainer.is_global_zero:
+                seed = self.config.seed_everything
+                write_outputs(self.run_dir, run_summary(self.trainer, self.method, self.clock, self.cost, seed))
+        finally:
+            self.folder.unlock()
 
     def _save_config(self) -> None:
         path, n = self.run_dir / "config.yaml", 1

@@ -1,0 +1,160 @@
+"""A run's folder: one run at a time writes to it, and the next one knows what is there."""
+
+import errno
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from nepa_plugin.checkpoints import CheckpointError
+from nepa_plugin.checkpoints.tensors import read_tensors
+from nepa_plugin.runtime.files import remove_parts
+
+LOCK, FAILED = ".lock", "failed-"
+#: What a run writes before its first checkpoint.
+_EARLY = ("checkpoints", "config", "hparams.yaml", "metrics", "tensorboard")
+#: What a file system says that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class UsageError(ValueError):
+    """An option is wrong; the message says which and what to do."""
+
+
+class RunFolder:
+    """What a run finds in its folder, and what it may do there.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def resume_from(self, wanted: str | None, first: bool = True) -> Path | None:
+        """Decide what to resume from, and refuse to write over another run.
+
+        Args:
+            wanted: ``"last"``, ``"auto"`` (the same if there is a checkpoint), a ``.ckpt`` file, or nothing.
+            first: Whether this process starts before any other of the run has written.
+
+        Returns:
+            A checkpoint that can be read, if the run is to be resumed.
+
+        Raises:
+            UsageError: If there is no such checkpoint, or the folder holds something else.
+            CheckpointError: If all checkpoints are damaged.
+        """
+        if wanted in ("last", "auto"):
+            if (found := self._newest()) is not None:
+                return found
+            if wanted == "last":
+                reason = "it failed before its first checkpoint" if self._failed() else "there is no run"
+                raise UsageError(
+                    f"--ckpt_path last: there is no {self.checkpoints / 'last.ckpt'}: {reason}. Leave the option out "
+                    "to start a new run."
+                )
+        resume = Path(wanted) if wanted not in (None, "last", "auto") else None
+        if resume is not None and not resume.is_file():
+            raise UsageError(f"--ckpt_path: no checkpoint at {resume}. Give a .ckpt file, 'last' or 'auto'.")
+        if resume is not None:
+            read_tensors(resume, mmap=True)
+        own = resume is not None and self.path.resolve() in resume.resolve().parents
+        if first and not own and wanted != "auto" and self._contents() and not self._failed():
+            raise UsageError(
+                f"The run folder {self.path} exists. Choose another with --run_dir, or go on with --ckpt_path last."
+            )
+        return resume
+
+    def _newest(self) -> Path | None:
+        """Return last.ckpt, or the one before it if that is damaged."""
+        last, previous = self.checkpoints / "last.ckpt", self.checkpoints / "previous.ckpt"
+        damaged: CheckpointError | None = None
+        for path in (last, previous):
+            if not path.is_file():
+                continue
+            try:
+                read_tensors(path, mmap=True)
+            except CheckpointError as error:
+                damaged = damaged or error
+                continue
+            if path == previous:
+                why = f"{damaged}." if damaged else f"There is no {last}."
+                rank_zero_warn(f"{why} Going on from the checkpoint before it, {path}.")
+            return path
+        if damaged is not None:
+            raise CheckpointError(f"{damaged}. There is no other checkpoint in {self.checkpoints}: start a new run.")
+        return None
+
+    def _contents(self) -> list[Path]:
+        if not self.path.is_dir():
+            return []
+        kept = (LOCK, FAILED)  # which a run may find and leave
+        return [path for path in self.path.iterdir() if not path.name.startswith(kept)]
+
+    def _failed(self) -> bool:
+        """Whether what is there, and nothing else, is a run that ended before its first checkpoint."""
+        return (
+            (self.path / "config.yaml").is_file()
+            and all(path.name.startswith(_EARLY) for path in self._contents())
+            and not any(self.checkpoints.glob("*.ckpt"))
+        )
+
+    def lock(self) -> None:
+        """Keep other runs out for as long as this process lives, however it ends.
+
+        Raises:
+            UsageError: If another run is at work there, or the folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("a+")
+        except OSError as error:
+            raise UsageError(
+                f"--run_dir: {self.path} cannot be written to: {error.strerror}. Choose another folder."
+            ) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it ends with the process
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                rank_zero_warn(f"{self.path} is on a file system without locks: let no other run write to it.")
+                return
+            file.seek(0)
+            holder = " ".join(file.read().split()) or "another process"
+            file.close()
+            raise UsageError(
+                f"{self.path} is in use by {holder}. Wait for it, stop it, or choose another --run_dir."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Let others in; a folder in which there is nothing goes."""
+        if self._lock is None:
+            return
+        if not self._contents() and not any(self.path.glob(f"{FAILED}*")):
+            (self.path / LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
+        self._lock.close()
+        self._lock = None
+
+    def prepare(self) -> None:
+        """Remove what a kill left half-written, and put a run aside that ended before its first checkpoint."""
+        for folder in (self.path, self.checkpoints, self.path / "backbone"):
+            remove_parts(folder, everything=True)
+        if not self._failed():
+            return
+        n = 1
+        while (aside := self.path / f"{FAILED}{n}").exists():
+            n += 1
+        contents = self._contents()
+        aside.mkdir()
+        for path in contents:
+            path.rename(aside / path.name)
