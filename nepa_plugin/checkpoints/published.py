@@ -54,6 +54,10 @@ def args_from_nepa(config: Mapping[str, Any]) -> dict[str, Any]:
     )
     if absent := [key for key in required if key not in config]:
         raise CheckpointError(f"The published NEPA config misses {listing(absent)}.")
+    for key in required:
+        value = config[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{key} of the published NEPA config must be a positive whole number, not {value!r}.")
     classifier = "ViTNepaForImageClassification" in (config.get("architectures") or [])
     num_labels = len(config.get("id2label") or {}) or 2  # transformers leaves two labels out of the config
     unsupported = {

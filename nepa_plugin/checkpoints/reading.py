@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nepa_plugin import models as models  # the names that checkpoints are built by
 from nepa_plugin.checkpoints.errors import CheckpointError, listing
+from nepa_plugin.checkpoints.plausible import check_plausible
 from nepa_plugin.checkpoints.published import MODEL_TYPE, args_from_nepa, state_from_nepa
 from nepa_plugin.checkpoints.tensors import read_tensors
 from nepa_plugin.checkpoints.writing import CONFIG_NAME, WEIGHTS_NAME, backbone_config
@@ -48,8 +49,9 @@ def load_backbone(source: str | Path, **model_args: Any) -> nn.Module:
     arch, args, state = read_checkpoint(source)
     try:
         model = timm.create_model(arch, pretrained=False, **(args | model_args))
-    except RuntimeError as error:  # timm's word for a name it does not know
-        raise CheckpointError(f"{source}: cannot build architecture {arch!r}: {error}") from error
+    except Exception as error:  # what a constructor says of arguments that do not go together
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{source}: cannot build {arch!r} with {args | model_args}: {reason}") from error
     load_weights(model, state, str(source))
     return model.eval()
 
@@ -128,13 +130,22 @@ def read_checkpoint(source: str | Path) -> tuple[str, dict[str, Any], dict[str, 
     """
     config, state = _read_stored(source)
     if config.get("model_type") == MODEL_TYPE:
-        args = args_from_nepa(config)
+        try:
+            args = args_from_nepa(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source}: {error}") from None
+        # Its blocks are counted under their own names only once their number is known.
+        check_plausible("nepa_vit_base_patch14_224", args, state, str(source))
         state = state_from_nepa(state, depth=args["depth"], gated=args["swiglu_mlp"])
         return "nepa_vit_base_patch14_224", args, state
-    args = dict(config.get("model_args") or {})
+    args = config.get("model_args") or {}
+    if not isinstance(args, dict):
+        raise CheckpointError(f"{source}: `model_args` of its config must be a mapping, not {args!r}.")
+    args = dict(args)
     for key in ("num_classes", "global_pool"):
         if key in config:
             args.setdefault(key, config[key])
+    check_plausible(config["architecture"], args, state, str(source))
     return config["architecture"], args, state
 
 
@@ -195,8 +206,15 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "this package's methods nor, under mmengine, with custom_hooks=[dict(type='CheckpointGuardHook')]."
         )
     prefix = checkpoint.get(BACKBONE_PREFIX_KEY, "backbone.")
+    weights = checkpoint["state_dict"]
+    if (
+        not isinstance(prefix, str)
+        or not isinstance(weights, Mapping)
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
+    ):
+        raise CheckpointError(f"{path}: its 'state_dict' is no mapping of names to tensors.")
     # mmengine's backbone is a wrapper that holds the timm model as "vit"
-    if any(k.startswith("backbone.vit.") for k in checkpoint["state_dict"]):
+    if any(k.startswith("backbone.vit.") for k in weights):
         prefix = "backbone.vit."
-    state = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    state = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
     return config, state

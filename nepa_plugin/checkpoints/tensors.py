@@ -1,6 +1,9 @@
 """Files of ``torch.save``: written at once or not at all, and read as tensors only, with nothing unpickled."""
 
+import errno
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +60,21 @@ def read_tensors(path: str | Path, mmap: bool = False) -> Any:
     if Path(path).suffix == ".pth":
         allow_mmengine_checkpoints()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:  # on garbage, the restricted unpickler fails in any way, sometimes without a message
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} cannot be read as tensors only: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as tensors only: {_reason(path, error)}") from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Return why a file cannot be read, without torch's advice to unpickle it."""
+    text = str(error)
+    if refused := re.search(r"(?:GLOBAL|global:|class) ([\w.]+\.[\w.]+)", text.replace("global: GLOBAL", "GLOBAL")):
+        return f"it holds a {refused.group(1)}, and unpickling that could run any code. Save its tensors alone."
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is what a cut file gives
+        return f"{error.strerror or text}."
+    if Path(path).is_file() and not Path(path).stat().st_size:
+        return "it is empty."
+    return "it is cut off, damaged, or no file of torch.save. Take another copy, or an earlier checkpoint."
 
 
 def write_tensors(content: Any, path: str | Path, previous: str | Path | None = None) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -156,6 +157,70 @@ def test_bad_configs(tmp_path, config, message):
         nepa_plugin.load_backbone(tmp_path / "t")
 
 
+def set_to(path, **values):
+    config = json.loads(path.read_text())
+    config.get("model_args", config).update(values)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depth": 10**8}, "depth = 100000000 in its config, but its weights allow 3 at most"),
+        ({"embed_dim": 10**7}, "embed_dim = 10000000 in its config, but its weights allow"),
+        ({"embed_dim": "64"}, "embed_dim = '64' in its config is no whole number"),
+        ({"num_heads": 0}, "num_heads = 0 in its config; at least 1"),
+        ({"num_heads": 7}, "embed_dim = 64 in its config is not a multiple of num_heads = 7"),
+        ({"depth": 2.5}, "depth = 2.5 in its config is no whole number"),
+        ({"img_size": 32768, "patch_size": 1}, "images of 32768 pixels in patches of 1 are too many"),
+        ({"mlp_ratio": "much"}, "mlp_ratio = 'much'"),
+        ({"colour": "blue"}, "cannot build .* unexpected keyword argument 'colour'"),
+        ({"checkpoint_path": "/etc/passwd"}, "checkpoint_path, which opens another place"),
+        ({"pretrained_cfg": {"url": "https://example.org"}}, "pretrained_cfg, which opens another place"),
+        ({"attention": "sideways"}, "cannot build .*sideways"),
+    ],
+)
+def test_a_config_that_cannot_be_of_these_weights(toy, tmp_path, values, message):
+    nepa_plugin.save_backbone(toy, tmp_path / "b")
+    set_to(tmp_path / "b" / "config.json", **values)
+    with pytest.raises(CheckpointError, match=message) as error:
+        nepa_plugin.load_backbone(tmp_path / "b")
+    assert str(error.value).startswith(f"{tmp_path / 'b'}: ")
+
+
+@pytest.mark.parametrize("arch", ["hf-hub:owner/name", "local-dir:/etc", "no_such_network", 5, None])
+def test_an_architecture_is_a_name_that_timm_knows(toy, tmp_path, arch):
+    nepa_plugin.save_backbone(toy, tmp_path / "b")
+    path = tmp_path / "b" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architecture": arch}))
+    with pytest.raises(CheckpointError, match=f"{re.escape(repr(arch))} is no architecture that timm"):
+        nepa_plugin.load_backbone(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 10**8}, "depth = 100000000 in its config, but its weights allow"),
+        ({"hidden_size": "64"}, "hidden_size of the published NEPA config must be a positive whole number, not '64'"),
+        ({"hidden_size": 0}, "not 0"),
+        ({"num_attention_heads": None}, "not None"),
+    ],
+)
+def test_a_published_config_that_cannot_be_of_these_weights(tmp_path, values, message):
+    shutil.copytree(TOY, tmp_path / "t")
+    set_to(tmp_path / "t" / "config.json", **values)
+    with pytest.raises(CheckpointError, match=message):
+        nepa_plugin.load_backbone(tmp_path / "t")
+
+
+@pytest.mark.parametrize("state", [None, [1], {1: torch.zeros(1)}, {"a": 1}, torch.zeros(1)])
+def test_weights_that_are_no_mapping_of_tensors(toy, tmp_path, state):
+    content = {"state_dict": state, BACKBONE_CONFIG_KEY: {"architecture": "nepa_vit_base_patch14_224"}}
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: its 'state_dict' is no mapping of names to tensors"):
+        nepa_plugin.load_backbone(tmp_path / "a.ckpt")
+
+
 @pytest.mark.parametrize("content", [b"", b"abc", b"\x80\x02"])
 def test_damaged_training_checkpoint(tmp_path, content):
     (tmp_path / "a.ckpt").write_bytes(content)
@@ -191,8 +256,9 @@ def test_no_pickle_is_executed(tmp_path):
     torch.save(_Attack(tmp_path / "control"), tmp_path / "c.ckpt")
     torch.load(tmp_path / "c.ckpt", weights_only=False).close()
     assert (tmp_path / "control").exists()  # the attack works where unpickling is allowed
-    with pytest.raises(CheckpointError, match="tensors only"):
+    with pytest.raises(CheckpointError, match=r"tensors only: it holds a .*open, and unpickling that") as error:
         nepa_plugin.load_backbone(tmp_path / "a.ckpt")
+    assert "weights_only" not in str(error.value)  # torch's advice would execute it
     assert not (tmp_path / "hacked").exists()
 
 
