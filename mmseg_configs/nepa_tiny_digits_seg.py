@@ -27,7 +27,7 @@ model = dict(
 optim_wrapper = dict(optimizer=dict(lr=3e-3, betas=(0.9, 0.95)), paramwise_cfg=dict(layer_decay=0.8))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50, end=500),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=50),
 ]
 train_cfg = dict(max_iters=500, val_interval=100)
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=100))

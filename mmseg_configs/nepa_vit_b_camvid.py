@@ -16,7 +16,7 @@ model = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=400),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=400, end=8000),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=400),
 ]
 train_cfg = dict(max_iters=8000, val_interval=800)
 default_hooks = dict(checkpoint=dict(interval=800))

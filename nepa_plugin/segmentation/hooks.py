@@ -11,12 +11,14 @@ from mmengine.runner import BaseLoop
 from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, backbone_config, check_fit
 from nepa_plugin.segmentation.backbone import TimmViT
 from nepa_plugin.segmentation.errors import ConfigError
+from nepa_plugin.segmentation.schedules import check_end_of_schedule, follow_config
 
 
 @HOOKS.register_module()
 class CheckpointGuardHook(Hook):
     """Makes checkpoints complete, and loads them completely or not at all.
 
+    A resumed run follows the schedule of the config in force, see :func:`~.schedules.follow_config`.
     Written checkpoints also say how their backbone is built, so that ``load_backbone("iter_N.pth")`` can read it.
     mmengine itself warns of keys that do not fit and goes on with random weights.
     """
@@ -24,11 +26,13 @@ class CheckpointGuardHook(Hook):
     priority = "VERY_HIGH"
 
     def before_train(self, runner: Any) -> None:
-        """Stop before a new run overwrites the checkpoints of another one.
+        """Stop before a new run overwrites the checkpoints of another one, or trains at a learning rate of zero.
 
         Raises:
             FileExistsError: If the work directory holds a run and this one does not resume it.
+            ConfigError: If the schedule ends at zero before the run does.
         """
+        check_end_of_schedule(runner)
         if (Path(runner.work_dir) / "last_checkpoint").is_file() and not runner._resume:
             raise FileExistsError(
                 f"{runner.work_dir} holds the checkpoints of another run. Add --resume to go on with it, or choose "
@@ -41,12 +45,15 @@ class CheckpointGuardHook(Hook):
             checkpoint[BACKBONE_CONFIG_KEY] = backbone_config(backbone.vit)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Compare the checkpoint with the model.
+        """Compare the checkpoint with the model; of a schedule, take the position only.
 
         Raises:
-            CheckpointError: If a weight is missing, left over or of another shape; names them.
+            CheckpointError: If a weight is missing, left over, of another shape or not finite; names them.
+            ConfigError: If the run to resume is past its end.
         """
         check_segmentor(unwrapped(runner.model), checkpoint, str(runner._load_from or "the checkpoint"))
+        if runner._resume and isinstance(runner._train_loop, BaseLoop):
+            follow_config(runner, checkpoint)
 
 
 def unwrapped(model: Any) -> Any:

@@ -29,7 +29,6 @@ def tiny_options(scenes, pretrained, iterations=4):
         "default_hooks.logger.interval": 1,
         "param_scheduler.0.end": 2,
         "param_scheduler.1.begin": 2,
-        "param_scheduler.1.end": iterations,
     }
     return options | {f"{loader}_dataloader.dataset.data_root": str(scenes) for loader in ("train", "val", "test")}
 
