@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.nn.parallel import DistributedDataParallel
 
-from nepa_plugin.checkpoints import CheckpointError, check_fit, read_checkpoint, read_tensors
+from nepa_plugin.checkpoints import CheckpointError, read_tensors
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.module import ImageData
 from nepa_plugin.methods import Method
@@ -30,7 +30,7 @@ from nepa_plugin.training.configs import merged_configs
 from nepa_plugin.training.metrics_file import KeepingCSVLogger, KeptMetrics
 from nepa_plugin.training.outputs import run_summary, write_outputs
 from nepa_plugin.training.parser import PretrainParser
-from nepa_plugin.training.run_folder import RunFolder, UsageError
+from nepa_plugin.training.run_folder import RunFolder, UsageError, check_resumable
 from nepa_plugin.training.stopping import StopTogether
 
 
@@ -183,15 +183,12 @@ class PretrainCLI(LightningCLI):
                 rank_zero_info(f"Skipped {skipped} file(s) that cannot be read as images.")
             self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
             if self.resume_from is not None:
-                self._check_checkpoint(self.resume_from)
+                check_resumable(self.resume_from, self.model)
         if _is_rank_zero() or dist.is_initialized():  # the gathers of a step need the whole group
             self.cost = training_cost(self.model)
         if self.config.compile:
             check_compiler("cuda" if self.devices.accelerator == "cuda" else "cpu")
             self.model.compile_step()
-
-    def _check_checkpoint(self, path: Path) -> None:
-        check_fit(self.model.backbone, read_checkpoint(path)[-1], str(path))
 
     def fit(self) -> None:
         """Train, then export the backbone and draw the curves."""

@@ -7,10 +7,11 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from nepa_plugin.checkpoints import CheckpointError
-from nepa_plugin.checkpoints.tensors import read_tensors
+from nepa_plugin.checkpoints import CheckpointError, check_fit, read_tensors
+from nepa_plugin.checkpoints.errors import listing
 from nepa_plugin.runtime.files import remove_parts
 
 LOCK, FAILED = ".lock", "failed-"
@@ -158,3 +159,40 @@ class RunFolder:
         aside.mkdir()
         for path in contents:
             path.rename(aside / path.name)
+
+
+def check_resumable(path: Path, method: LightningModule) -> None:
+    """Check that a checkpoint is one of this method and size, with all that going on takes.
+
+    Args:
+        path: The checkpoint.
+        method: The method that is to go on from it.
+
+    Raises:
+        CheckpointError: If it is not; says what is missing or different.
+    """
+    checkpoint = read_tensors(path)
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "epoch")
+    if not isinstance(checkpoint, dict) or (absent := [part for part in parts if part not in checkpoint]):
+        what = f"it has no {listing(absent)}" if isinstance(checkpoint, dict) else "it is no mapping"
+        raise CheckpointError(
+            f"{path} is no checkpoint of a pretraining run: {what}. To start from its backbone, give it as "
+            "--model.init_from instead of --ckpt_path."
+        )
+    state = checkpoint.get("current_model_state") or checkpoint["state_dict"]
+    try:
+        check_fit(method, state, str(path))
+    except CheckpointError as error:
+        if "not finite" in str(error):
+            raise
+        raise CheckpointError(
+            f"{error} A run goes on with the method and options that it began with; to start another from this "
+            "backbone, give it as --model.init_from instead of --ckpt_path."
+        ) from None
+    trained = sum(p.requires_grad for p in method.parameters())
+    found = [len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    if sum(found) != trained:
+        raise CheckpointError(
+            f"{path} holds an optimizer of {sum(found)} parameters, this run's has {trained}: go on with the options "
+            "that the run began with."
+        )

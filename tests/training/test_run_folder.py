@@ -179,6 +179,27 @@ def test_a_kill_in_a_validation_repeats_its_epoch(reference, monkeypatch, tmp_pa
         assert curve(folder, name) == curve(reference, name)
 
 
+@pytest.mark.parametrize(
+    ("edit", "options", "message"),
+    [
+        (lambda c: c.pop("optimizer_states"), [], "is no checkpoint of a pretraining run: it has no optimizer_states"),
+        (lambda c: c["optimizer_states"][0]["param_groups"].pop(), [], "holds an optimizer of"),
+        (lambda c: c["current_model_state"].update(x=torch.zeros(1)), [], "unexpected: x"),
+        (lambda c: c["current_model_state"]["backbone.cls_token"].fill_(float("nan")), [], "not finite in backbone.cls"),
+        (lambda c: None, ["--model", "SimSiam", "--model.backbone_args.attention", "bidirectional"], "does not fit SimSiam; nothing was loaded. missing: projection_head"),
+        (lambda c: None, ["--model.backbone_args.embed_dim", "64"], "backbone.cls_token is (1, 1, 32), the model has"),
+    ],
+)
+def test_a_checkpoint_that_cannot_go_on(edit, options, message, reference, tmp_path, capsys):
+    checkpoint = read_tensors(reference / "checkpoints" / "last.ckpt")
+    edit(checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    run("--run_dir", tmp_path / "run", *options, "--ckpt_path", tmp_path / "a.ckpt", code=2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path / 'a.ckpt'} ") and message in line
+    assert not (tmp_path / "run").exists()
+
+
 def rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
