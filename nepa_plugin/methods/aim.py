@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nepa_plugin.methods.masked import MaskedMethod, SingleView
 from nepa_plugin.methods.masks import to_device
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt, Scale
 
 
 def prefix_attention(causal: Tensor) -> Tensor:
@@ -59,13 +60,13 @@ class AIM(MaskedMethod):
     def __init__(
         self,
         *args: Any,
-        head_dim: int = 2048,
-        head_blocks: int = 12,
+        head_dim: PositiveInt = 2048,
+        head_blocks: PositiveInt = 12,
         norm_pix_loss: bool = True,
-        crop_scale: tuple[float, float] = (0.4, 1.0),
-        base_lr: float = 6.25e-5,
-        warmup_fraction: float = 0.0625,
-        ema_decay: float = 0.0,
+        crop_scale: Scale = (0.4, 1.0),
+        base_lr: NonNegativeFloat = 6.25e-5,
+        warmup_fraction: FractionBelowOne = 0.0625,
+        ema_decay: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(

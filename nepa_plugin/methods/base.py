@@ -1,6 +1,5 @@
 """What every self-supervised method shares: backbone, online probe, steps, logging."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from nepa_plugin.checkpoints import (
 )
 from nepa_plugin.data.transforms import eval_transform
 from nepa_plugin.methods.optimization import OptimizedModule
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt, check_ranges
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
@@ -68,37 +68,31 @@ class Method(OptimizedModule):
 
     def __init__(
         self,
-        batch_size_per_device: int = 256,
-        num_classes: int = 1000,
+        batch_size_per_device: PositiveInt = 256,
+        num_classes: NonNegativeInt = 1000,
         *,
         backbone: str = "nepa_vit_base_patch14_224",
-        img_size: int = 224,
-        patch_size: int | None = None,
-        drop_path_rate: float = 0.0,
+        img_size: PositiveInt = 224,
+        patch_size: PositiveInt | None = None,
+        drop_path_rate: FractionBelowOne = 0.0,
         backbone_args: dict[str, Any] | None = None,
         init_from: str | None = None,
         pool: Literal["mean", "class"] = "mean",
-        base_lr: float = 3e-4,
-        min_lr: float = 0.0,
-        weight_decay: float = 0.05,
-        final_weight_decay: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup_fraction: float = 0.025,
-        warmup_steps: int | None = None,
-        clip_grad_norm: float = 1.0,
-        ema_decay: float = 0.9999,
-        nonfinite_steps: int = 0,
+        base_lr: NonNegativeFloat = 3e-4,
+        min_lr: NonNegativeFloat = 0.0,
+        weight_decay: NonNegativeFloat = 0.05,
+        final_weight_decay: NonNegativeFloat | None = None,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95),
+        warmup_fraction: FractionBelowOne = 0.025,
+        warmup_steps: NonNegativeInt | None = None,
+        clip_grad_norm: NonNegativeFloat = 1.0,
+        ema_decay: FractionBelowOne = 0.9999,
+        nonfinite_steps: NonNegativeInt = 0,
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
-        if not (math.isfinite(base_lr) and base_lr >= 0):
-            raise ValueError(f"base_lr must be a finite number and not negative, got {base_lr}.")
-        if nonfinite_steps < 0:
-            raise ValueError(f"nonfinite_steps must not be negative, got {nonfinite_steps}.")
-        if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"warmup_fraction must be in [0, 1), got {warmup_fraction}; use warmup_steps for steps.")
+        self.save_hyperparameters(logger=False)  # of the subclasses' constructors, too
+        check_ranges(type(self), self.hparams)
         self.batch_size_per_device = batch_size_per_device
         self.img_size = img_size
         self.pool = pool
@@ -138,7 +132,6 @@ class Method(OptimizedModule):
             )
         self._clock: tuple[float, int] | None = None
         self.prepare_backbone(loaded=init_from is not None)
-        self.save_hyperparameters(logger=False)  # of the subclasses' constructors, too
 
     # -- what a method adds --------------------------------------------------------------------------------------------
 

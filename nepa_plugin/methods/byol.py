@@ -10,6 +10,7 @@ from torch import Tensor
 from nepa_plugin.methods.momentum import MomentumMethod
 from nepa_plugin.methods.transforms import BYOLViews
 from nepa_plugin.methods.whole_image import WholeImage
+from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt
 
 
 class BYOL(WholeImage, MomentumMethod):
@@ -34,10 +35,10 @@ class BYOL(WholeImage, MomentumMethod):
     def __init__(
         self,
         *args: Any,
-        hidden_dim: int = 4096,
-        projection_dim: int = 256,
-        base_lr: float = 1e-4,
-        weight_decay: float = 0.03,
+        hidden_dim: PositiveInt = 4096,
+        projection_dim: PositiveInt = 256,
+        base_lr: NonNegativeFloat = 1e-4,
+        weight_decay: NonNegativeFloat = 0.03,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, base_lr=base_lr, weight_decay=weight_decay, **kwargs)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from nepa_plugin.methods.heads import PrototypeHead
 from nepa_plugin.methods.momentum import MomentumMethod
 from nepa_plugin.methods.multi_crop import MultiCrop
+from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class SelfDistillation(MultiCrop, MomentumMethod):
@@ -46,20 +47,20 @@ class SelfDistillation(MultiCrop, MomentumMethod):
     def __init__(
         self,
         *args: Any,
-        output_dim: int = 65536,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
+        output_dim: PositiveInt = 65536,
+        hidden_dim: PositiveInt = 2048,
+        bottleneck_dim: PositiveInt = 256,
         norm_last_layer: bool = True,
         freeze_last_layer: int = 3,
-        student_temp: float = 0.1,
-        teacher_temp: float = 0.07,
-        warmup_teacher_temp: float = 0.04,
-        warmup_teacher_temp_fraction: float = 0.125,
-        base_lr: float = 7.5e-4,
-        min_lr: float = 2e-6,
-        weight_decay: float = 0.04,
-        final_weight_decay: float | None = 0.4,
-        clip_grad_norm: float = 0.3,
+        student_temp: PositiveFloat = 0.1,
+        teacher_temp: PositiveFloat = 0.07,
+        warmup_teacher_temp: PositiveFloat = 0.04,
+        warmup_teacher_temp_fraction: Fraction = 0.125,
+        base_lr: NonNegativeFloat = 7.5e-4,
+        min_lr: NonNegativeFloat = 2e-6,
+        weight_decay: NonNegativeFloat = 0.04,
+        final_weight_decay: NonNegativeFloat | None = 0.4,
+        clip_grad_norm: NonNegativeFloat = 0.3,
         **kwargs: Any,
     ) -> None:
         super().__init__(

@@ -12,6 +12,7 @@ from nepa_plugin.methods.heads import PrototypeHead
 from nepa_plugin.methods.masked import check_maskable, masked_encoder
 from nepa_plugin.methods.masks import random_block_masks, to_device
 from nepa_plugin.methods.transforms import NORMALIZE
+from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class IBOT(SelfDistillation):
@@ -45,16 +46,16 @@ class IBOT(SelfDistillation):
     def __init__(
         self,
         *args: Any,
-        output_dim: int = 8192,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
+        output_dim: PositiveInt = 8192,
+        hidden_dim: PositiveInt = 2048,
+        bottleneck_dim: PositiveInt = 256,
         shared_head: bool = True,
         norm_last_layer: bool = True,
         freeze_last_layer: int = 3,
-        batch_mask_ratio: float = 0.5,
-        mask_ratio: tuple[float, float] = (0.1, 0.5),
-        student_temp: float = 0.1,
-        patch_loss_weight: float = 1.0,
+        batch_mask_ratio: Fraction = 0.5,
+        mask_ratio: tuple[Fraction, Fraction] = (0.1, 0.5),
+        student_temp: PositiveFloat = 0.1,
+        patch_loss_weight: NonNegativeFloat = 1.0,
         **kwargs: Any,
     ) -> None:
         head: dict[str, Any] = {

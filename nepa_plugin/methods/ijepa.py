@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from nepa_plugin.methods.masked import MaskedMethod, SingleView, masked_encoder, with_prefix
 from nepa_plugin.methods.masks import BlockMasks
 from nepa_plugin.methods.momentum import MomentumMethod
+from nepa_plugin.runtime.ranges import Fraction, FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt, Scale
 
 
 class IJEPA(MaskedMethod, MomentumMethod):
@@ -59,22 +60,22 @@ class IJEPA(MaskedMethod, MomentumMethod):
     def __init__(
         self,
         *args: Any,
-        predictor_dim: int = 384,
-        predictor_depth: int = 6,
-        predictor_num_heads: int | None = None,
-        context_scale: tuple[float, float] = (0.85, 1.0),
-        target_scale: tuple[float, float] = (0.15, 0.2),
-        target_aspect_ratio: tuple[float, float] = (0.75, 1.5),
-        num_targets: int = 4,
-        min_keep: int = 10,
-        crop_scale: tuple[float, float] = (0.3, 1.0),
-        hflip_prob: float = 0.0,
-        base_lr: float = 1.25e-4,
-        min_lr: float = 1e-6,
-        weight_decay: float = 0.04,
-        final_weight_decay: float | None = 0.4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        clip_grad_norm: float = 0.0,
+        predictor_dim: PositiveInt = 384,
+        predictor_depth: PositiveInt = 6,
+        predictor_num_heads: PositiveInt | None = None,
+        context_scale: Scale = (0.85, 1.0),
+        target_scale: Scale = (0.15, 0.2),
+        target_aspect_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.5),
+        num_targets: PositiveInt = 4,
+        min_keep: PositiveInt = 10,
+        crop_scale: Scale = (0.3, 1.0),
+        hflip_prob: Fraction = 0.0,
+        base_lr: NonNegativeFloat = 1.25e-4,
+        min_lr: NonNegativeFloat = 1e-6,
+        weight_decay: NonNegativeFloat = 0.04,
+        final_weight_decay: NonNegativeFloat | None = 0.4,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
+        clip_grad_norm: NonNegativeFloat = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nepa_plugin.methods.multi_crop import MultiCrop
 from nepa_plugin.methods.transforms import NORMALIZE
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 class LeJEPATransform(MultiViewTransform):
@@ -97,16 +98,16 @@ class LeJEPA(MultiCrop):
     def __init__(
         self,
         *args: Any,
-        lambda_param: float = 0.05,
-        num_vectors: int = 1024,
-        hidden_dim: int = 2048,
-        projection_dim: int = 64,
-        num_local_crops: int = 6,
-        base_lr: float = 5e-4,
-        min_lr: float = 5e-7,
-        warmup_fraction: float = 0.01,
-        clip_grad_norm: float = 0.0,
-        ema_decay: float = 0.0,
+        lambda_param: NonNegativeFloat = 0.05,
+        num_vectors: PositiveInt = 1024,
+        hidden_dim: PositiveInt = 2048,
+        projection_dim: PositiveInt = 64,
+        num_local_crops: NonNegativeInt = 6,
+        base_lr: NonNegativeFloat = 5e-4,
+        min_lr: NonNegativeFloat = 5e-7,
+        warmup_fraction: FractionBelowOne = 0.01,
+        clip_grad_norm: NonNegativeFloat = 0.0,
+        ema_decay: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         if num_local_crops < 1:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nepa_plugin.methods.masked import MaskedMethod, SingleView, check_maskable, masked_encoder, with_prefix
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt
 
 
 class MAE(MaskedMethod):
@@ -51,13 +52,13 @@ class MAE(MaskedMethod):
         *args: Any,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
-        decoder_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
+        decoder_dim: PositiveInt = 512,
+        decoder_depth: PositiveInt = 8,
+        decoder_num_heads: PositiveInt = 16,
         pool: Literal["mean", "class"] = "class",
-        base_lr: float = 1.5e-4,
-        clip_grad_norm: float = 0.0,
-        ema_decay: float = 0.0,
+        base_lr: NonNegativeFloat = 1.5e-4,
+        clip_grad_norm: NonNegativeFloat = 0.0,
+        ema_decay: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(

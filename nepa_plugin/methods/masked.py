@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nepa_plugin.methods.base import Method
 from nepa_plugin.methods.transforms import NORMALIZE
+from nepa_plugin.runtime.ranges import Fraction, PositiveInt, Scale, check_ranges
 
 
 def check_maskable(vit: nn.Module, method: str) -> None:
@@ -104,18 +105,13 @@ class SingleView:
     def __init__(
         self,
         cls: type[MAETransform] | type[AIMTransform] | type[IJEPATransform],
-        input_size: int = 224,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        hflip_prob: float = 0.5,
+        input_size: PositiveInt = 224,
+        crop_scale: Scale = (0.2, 1.0),
+        hflip_prob: Fraction = 0.5,
         normalize: dict[str, list[float]] = NORMALIZE,
     ) -> None:
+        check_ranges(SingleView, {"input_size": input_size, "crop_scale": crop_scale, "hflip_prob": hflip_prob})
         low, high = crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"crop_scale must be two fractions of the image with 0 < low <= high <= 1, got {crop_scale}."
-            )
-        if not 0 <= hflip_prob <= 1:
-            raise ValueError(f"hflip_prob must be in [0, 1], got {hflip_prob}.")
         self.transform: Any = cls(input_size=input_size, min_scale=low, normalize=normalize).transform
         for step in self.transform.transforms:  # lightly fixes these two
             if isinstance(step, T.RandomResizedCrop):
@@ -150,8 +146,8 @@ class MaskedMethod(Method):
     def __init__(
         self,
         *args: Any,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        hflip_prob: float = 0.5,
+        crop_scale: Scale = (0.2, 1.0),
+        hflip_prob: Fraction = 0.5,
         backbone: str = "plain_vit_base_patch14_224",
         **kwargs: Any,
     ) -> None:

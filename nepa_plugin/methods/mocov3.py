@@ -11,6 +11,7 @@ from torch import Tensor
 from nepa_plugin.methods.momentum import MomentumMethod
 from nepa_plugin.methods.transforms import BYOLViews
 from nepa_plugin.methods.whole_image import WholeImage
+from nepa_plugin.runtime.ranges import Fraction, PositiveFloat, PositiveInt
 
 
 class MoCoV3(WholeImage, MomentumMethod):
@@ -39,14 +40,12 @@ class MoCoV3(WholeImage, MomentumMethod):
     def __init__(
         self,
         *args: Any,
-        temperature: float = 0.2,
-        hidden_dim: int = 4096,
-        projection_dim: int = 256,
-        momentum: float = 0.99,
+        temperature: PositiveFloat = 0.2,
+        hidden_dim: PositiveInt = 4096,
+        projection_dim: PositiveInt = 256,
+        momentum: Fraction = 0.99,
         **kwargs: Any,
     ) -> None:
-        if temperature <= 0:
-            raise ValueError(f"temperature={temperature} must be positive.")
         super().__init__(*args, momentum=momentum, **kwargs)
         self.temperature = temperature
         width = self.backbone.num_features

@@ -8,6 +8,7 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import nn
 
 from nepa_plugin.methods.base import Method
+from nepa_plugin.runtime.ranges import Fraction, FractionBelowOne
 
 
 class MomentumMethod(Method):
@@ -34,14 +35,12 @@ class MomentumMethod(Method):
     def __init__(
         self,
         *args: Any,
-        momentum: float = 0.996,
-        final_momentum: float = 1.0,
-        ema_decay: float = 0.0,
+        momentum: Fraction = 0.996,
+        final_momentum: Fraction = 1.0,
+        ema_decay: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, ema_decay=ema_decay, **kwargs)
-        if not (0 <= momentum <= 1 and 0 <= final_momentum <= 1):
-            raise ValueError(f"momentum={momentum} and final_momentum={final_momentum} must be in [0, 1].")
         self.momentum = momentum
         self.final_momentum = final_momentum
         # Lightning starts to train in the modes that it finds, and calls no train().

@@ -9,6 +9,7 @@ from torch import Tensor
 from nepa_plugin.methods.base import Method
 from nepa_plugin.methods.transforms import build_transform
 from nepa_plugin.methods.whole_image import check_class_token
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeInt, PositiveInt
 
 
 def whole_patches(crop_size: int | None, img_size: int, patch_size: int, at_224: int = 96) -> int:
@@ -62,14 +63,14 @@ class MultiCrop(Method):
     def __init__(
         self,
         *args: Any,
-        num_local_crops: int = 10,
-        local_crop_size: int | None = None,
+        num_local_crops: NonNegativeInt = 10,
+        local_crop_size: PositiveInt | None = None,
         transform_args: dict[str, Any] | None = None,
         backbone: str = "plain_vit_base_patch14_224",
         backbone_args: dict[str, Any] | None = None,
-        drop_path_rate: float = 0.1,
+        drop_path_rate: FractionBelowOne = 0.1,
         pool: Literal["mean", "class"] = "class",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
         **kwargs: Any,
     ) -> None:
         any_size = {"dynamic_img_size": True} if num_local_crops else {}

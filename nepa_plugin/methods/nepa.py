@@ -12,6 +12,7 @@ from nepa_plugin.data.transforms import NEPATransform
 from nepa_plugin.loss import NextEmbeddingLoss
 from nepa_plugin.methods.base import Method
 from nepa_plugin.predictor import NepaViT
+from nepa_plugin.runtime.ranges import Fraction, Scale
 
 
 class NEPA(Method):
@@ -41,8 +42,8 @@ class NEPA(Method):
         shift: bool = True,
         stop_gradient: bool = True,
         attention: str = "causal",
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        hflip_prob: float = 0.5,
+        crop_scale: Scale = (0.08, 1.0),
+        hflip_prob: Fraction = 0.5,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

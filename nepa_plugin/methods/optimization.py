@@ -209,7 +209,8 @@ class OptimizedModule(LightningModule):
     def _count_nonfinite(self, norm: Tensor) -> bool:
         """Count the step if its loss or gradient is not finite; return whether such a gradient was set to zero."""
         # Under float16 the loss is scaled until gradients overflow, and its scaler leaves such a step out.
-        bad = torch.zeros_like(norm, dtype=torch.bool) if self.trainer.precision == "16-mixed" else ~norm.isfinite()
+        scaled = self._trainer is not None and self.trainer.precision == "16-mixed"
+        bad = torch.zeros_like(norm, dtype=torch.bool) if scaled else ~norm.isfinite()
         if self._nonfinite_loss is not None:
             bad = bad | self._nonfinite_loss
             self._nonfinite_loss = None

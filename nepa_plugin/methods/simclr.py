@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.methods.whole_image import WholeImage
+from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class SimCLR(WholeImage):
@@ -32,10 +33,10 @@ class SimCLR(WholeImage):
     def __init__(
         self,
         *args: Any,
-        temperature: float = 0.1,
-        hidden_dim: int = 2048,
-        projection_dim: int = 128,
-        base_lr: float = 2e-4,
+        temperature: PositiveFloat = 0.1,
+        hidden_dim: PositiveInt = 2048,
+        projection_dim: PositiveInt = 128,
+        base_lr: NonNegativeFloat = 2e-4,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, base_lr=base_lr, **kwargs)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.methods.whole_image import WholeImage
+from nepa_plugin.runtime.ranges import PositiveInt
 
 
 class SimSiam(WholeImage):
@@ -31,9 +32,9 @@ class SimSiam(WholeImage):
     def __init__(
         self,
         *args: Any,
-        hidden_dim: int = 2048,
-        projection_dim: int = 2048,
-        prediction_hidden_dim: int = 512,
+        hidden_dim: PositiveInt = 2048,
+        projection_dim: PositiveInt = 2048,
+        prediction_hidden_dim: PositiveInt = 512,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nepa_plugin.methods.base import Method
 from nepa_plugin.methods.transforms import build_transform
 from nepa_plugin.predictor import NepaViT
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat
 
 
 def check_class_token(vit: Any, pool: str, method: str) -> None:
@@ -90,12 +91,12 @@ class WholeImage(Method):
         transform_args: dict[str, Any] | None = None,
         backbone: str = "plain_vit_base_patch14_224",
         pool: Literal["mean", "class"] = "class",
-        base_lr: float = 1.5e-4,
-        weight_decay: float = 0.1,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_fraction: float = 40 / 300,
-        clip_grad_norm: float = 0.0,
-        ema_decay: float = 0.0,
+        base_lr: NonNegativeFloat = 1.5e-4,
+        weight_decay: NonNegativeFloat = 0.1,
+        betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
+        warmup_fraction: FractionBelowOne = 40 / 300,
+        clip_grad_norm: NonNegativeFloat = 0.0,
+        ema_decay: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         self.freeze_patch_projection = freeze_patch_projection

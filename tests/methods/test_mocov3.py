@@ -83,5 +83,5 @@ def test_the_predictor_has_no_momentum_copy():
 
 
 def test_a_temperature_must_be_positive():
-    with pytest.raises(ValueError, match=r"temperature=0\.0 must be positive"):
+    with pytest.raises(ValueError, match=r"temperature must be greater than 0, got 0\.0"):
         moco(temperature=0.0)
