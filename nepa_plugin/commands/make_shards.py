@@ -28,10 +28,11 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--images_per_shard", type=int, default=1000, help="images in each shard")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--skip_bad", action="store_true", help="leave out files that are no readable images")
+    parser.add_argument("--allow_pipe", action="store_true", help="with --index: run shards that are pipe: commands")
     given = parser.parse_args(args)
     try:
         if given.index:
-            index = index_shards(given.folder, given.out)
+            index = index_shards(given.folder, given.out, given.allow_pipe)
         else:
             index = make_shards(given.folder, given.out, given.images_per_shard, given.seed, given.skip_bad)
     except ValueError as error:

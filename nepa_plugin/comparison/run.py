@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -25,6 +26,7 @@ from nepa_plugin.data.evaluation import evaluation_folders
 from nepa_plugin.data.files import fingerprint
 from nepa_plugin.evaluation import EvaluationOptions, check_evaluation, evaluate, read_results
 from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.reading import read_yaml_text
 from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
 
@@ -116,7 +118,7 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
     Raises:
         ComparisonError: Before any training, if a config, a run folder, or the data cannot be used.
     """
-    say = say or Console(highlight=False, soft_wrap=True).print
+    say = say or Console(highlight=False, soft_wrap=True, markup=False).print
     planned = _plan(what)
     runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
     pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for the processes that train
@@ -162,7 +164,7 @@ def _plan(what: Comparison) -> list[tuple[Run, Path | None]]:
         if problem:
             raise ComparisonError(f"{source}: {problem}")
         for seed in what.seeds:
-            run = Run(source.stem, seed, what.out / source.stem / f"seed{seed}")
+            run = Run(source.stem, seed, what.out / folder_name(source.stem) / f"seed{seed}")
             _check_request(run, what.arguments(source, seed))
             planned.append((run, source))
     names = [(run.name, run.seed) for run, _ in planned]
@@ -251,7 +253,7 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int) -> N
 def _load(run: Run) -> None:
     run.summary = json.loads((run.folder / SUMMARY).read_text())
     configs = sorted(run.folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
-    run.config = yaml.safe_load(configs[-1].read_text()) if configs else {}
+    run.config = yaml.safe_load(read_yaml_text(configs[-1])) if configs else {}
     if (run.folder / "metrics.csv").is_file():
         run.curves = read_metrics(run.folder / "metrics.csv")
 
@@ -293,12 +295,17 @@ def _untrained(runs: list[Run], what: Comparison) -> list[Run]:
         name += f" {number}" if number > 1 else ""
         if (name, run.seed) in floors:
             continue
-        floor = Run(name, run.seed, what.out / "untrained" / name.replace(" ", "_") / f"seed{run.seed}")
+        floor = Run(name, run.seed, what.out / "untrained" / folder_name(name.replace(" ", "_")) / f"seed{run.seed}")
         if not (floor.folder / "backbone" / "model.safetensors").is_file():
             model = untrained_like(load_backbone(run.folder / "backbone"), seed=run.seed)
             save_backbone(model, floor.folder / "backbone", overwrite=True)
         floors[name, run.seed] = floor
     return sorted(floors.values(), key=lambda run: (run.name, run.seed))
+
+
+def folder_name(name: str) -> str:
+    """Return a name, which may come from a run's files, as that of a single folder."""
+    return re.sub(r"[/\\\x00-\x1f\x7f]", "_", name).lstrip(".")[:200] or "_"
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:

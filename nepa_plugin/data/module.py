@@ -41,7 +41,8 @@ class ImageData(LightningDataModule):
             16, and none where there are two cores or fewer.
         crop_pct: Centre crop over resized side of the validation images.
         train_shards: Training images packed into tar files, instead of ``train_dir``: a folder of them, or a pattern of
-            paths, URLs or a ``pipe:`` command as webdataset takes it, such as ``images-{000000..000146}.tar``.
+            paths or URLs, such as ``images-{000000..000146}.tar``.
+        allow_pipe: Let ``train_shards`` be a ``pipe:`` command, which is run in a shell.
         shuffle_buffer: Images of shards to shuffle among in each loader process; they are kept as files.
         on_bad_image: ``"error"`` stops before training if a file is no readable image; ``"skip"`` leaves such files
             out and counts them.
@@ -64,6 +65,7 @@ class ImageData(LightningDataModule):
         train_shards: str | None = None,
         shuffle_buffer: int = 1000,
         seed: int = 1337,
+        allow_pipe: bool = False,
     ) -> None:
         super().__init__()
         if train_dir is None and train_shards is None and demo is None:
@@ -84,7 +86,7 @@ class ImageData(LightningDataModule):
         self.pipeline = pipeline
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
-        self.train_shards = open_shards(train_shards) if train_shards else None
+        self.train_shards = open_shards(train_shards, allow_pipe) if train_shards else None
         self.train_images = image_folder(train_dir, "data.train_dir") if train_dir else None
         self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
         self._indices: dict[int, list[int]] = {}

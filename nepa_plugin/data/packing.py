@@ -6,7 +6,8 @@ from typing import Any
 
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import class_names, find_bad_images, image_folder
-from nepa_plugin.data.shards import INDEX, import_webdataset, read_shard, shard_name, shard_urls
+from nepa_plugin.data.shards import INDEX, read_shard
+from nepa_plugin.data.sources import import_webdataset, shard_name, shard_urls
 from nepa_plugin.runtime.files import whole_folder, write_json
 
 
@@ -61,12 +62,13 @@ def make_shards(
     return index
 
 
-def index_shards(source: str, out: str | Path) -> dict[str, Any]:
+def index_shards(source: str, out: str | Path, allow_pipe: bool = False) -> dict[str, Any]:
     """Write the index of shards that something else has made, by reading them through once; it has no class names.
 
     Args:
         source: Folder, pattern, URL or ``pipe:`` command of shards.
         out: The file to write; training looks for it as ``index.json`` beside the shards.
+        allow_pipe: Whether ``pipe:`` commands may be run.
 
     Returns:
         The index.
@@ -74,7 +76,7 @@ def index_shards(source: str, out: str | Path) -> dict[str, Any]:
     Raises:
         DataError: If a shard is missing or unreadable, or ``out`` exists.
     """
-    urls = shard_urls(source)
+    urls = shard_urls(source, allow_pipe)
     if Path(out).exists():
         raise DataError(f"{out} exists. Choose another file for the index, or remove it.")
     index = _index({shard_name(url): sum(1 for _ in read_shard(url)) for url in urls}, [])

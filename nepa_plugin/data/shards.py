@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -20,8 +21,12 @@ from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import IMAGE_EXTENSIONS
 from nepa_plugin.data.pipelines import PilPipeline
 from nepa_plugin.data.samples import ResumableLoader
+from nepa_plugin.data.sources import beside, import_webdataset, is_local, shard_name, shard_urls
+from nepa_plugin.runtime.reading import JSON_BYTES, read_text
 
 INDEX = "index.json"
+#: Largest file in a shard, in bytes.
+MAX_FILE_BYTES = 2**30
 READ_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)
 
 
@@ -51,71 +56,27 @@ class Shards:
         return sum(self.counts)
 
 
-def import_webdataset() -> Any:
-    """Return webdataset, which is an extra.
-
-    Raises:
-        DataError: If it is not installed.
-    """
-    try:
-        import webdataset
-    except ModuleNotFoundError as error:
-        raise DataError("Shards need the webdataset package: pip install 'nepa-plugin[shards]'.") from error
-    return webdataset
-
-
-def shard_name(url: str) -> str:
-    """Return the file name of a shard in a path, a URL or a command."""
-    match = re.search(r"[^/\s]+\.tar\b", url)
-    return match.group() if match else url
-
-
-def shard_urls(source: str) -> list[str]:
-    """Return the shards that a folder, pattern, URL or ``pipe:`` command stands for.
-
-    Args:
-        source: A folder of ``.tar`` files, or what webdataset takes: ``{000..146}`` stands for numbers.
-
-    Returns:
-        Paths, URLs or commands.
-
-    Raises:
-        DataError: If there is none, or a local one is missing.
-    """
-    if Path(source).is_dir():
-        urls = sorted(str(path) for path in Path(source).glob("*.tar"))
-    else:
-        urls = list(import_webdataset().shardlists.expand_urls(source))
-    if not urls:
-        raise DataError(f"data.train_shards: {source} holds no .tar file. tools/make_shards.py packs an image folder.")
-    missing = [url for url in urls if not re.match(r"\w+:", url) and not Path(url).is_file()]
-    if missing:
-        raise DataError(f"data.train_shards: {len(missing)} of {len(urls)} shard(s) are missing, first {missing[0]}.")
-    return urls
-
-
-def open_shards(source: str) -> Shards:
+def open_shards(source: str, allow_pipe: bool = False) -> Shards:
     """Open shards by the ``index.json`` beside them, which ``tools/make_shards.py`` writes.
 
     Args:
         source: As :func:`shard_urls` takes it.
+        allow_pipe: Whether ``pipe:`` commands may be run.
 
     Returns:
         The shards.
 
     Raises:
-        DataError: If a shard is missing or has no image, or the index is missing or another one's.
+        DataError: If a shard is missing or has no image, or the index is missing, damaged, or another one's.
     """
-    urls = shard_urls(source)
-    location = re.sub(r"[^/\s]+\.tar\b", INDEX, urls[0])
+    urls = shard_urls(source, allow_pipe)
+    location = beside(urls[0], INDEX)
     try:
-        with import_webdataset().gopen(location) as file:
-            index = json.loads(file.read())
-        counts = {shard["name"]: int(shard["images"]) for shard in index["shards"]}
-        classes = list(index["classes"])
-    except (*READ_ERRORS, KeyError, TypeError) as error:
+        counts, classes = _index(_read_index(location))
+    except (*READ_ERRORS, RecursionError) as error:
+        reason = str(error).removeprefix(f"{location} ").rstrip(".")
         raise DataError(
-            f"data.train_shards: {location} is no index of shards ({error}). tools/make_shards.py writes it with the "
+            f"data.train_shards: {location} is no index of shards ({reason}). tools/make_shards.py writes it with the "
             "shards; for other shards, make_shards.py --index counts them."
         ) from error
     if unknown := [url for url in urls if shard_name(url) not in counts]:
@@ -125,26 +86,81 @@ def open_shards(source: str) -> Shards:
     return Shards(source, urls, [counts[shard_name(url)] for url in urls], classes)
 
 
+def _read_index(location: str) -> Any:
+    if is_local(location):
+        return json.loads(read_text(location, JSON_BYTES))
+    with import_webdataset().gopen(location) as file:
+        data = file.read(JSON_BYTES + 1)
+    if len(data) > JSON_BYTES:
+        raise ValueError(f"more than {JSON_BYTES:,} bytes")
+    return json.loads(data)
+
+
+def _index(index: Any) -> tuple[dict[str, int], list[str]]:
+    """Return the number of images by shard, and the classes, of an index; ``ValueError`` says what is wrong with it."""
+    if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
+        raise ValueError("it has no list of shards")
+    counts: dict[str, int] = {}
+    for shard in index["shards"]:
+        name, images = (shard.get(key) for key in ("name", "images")) if isinstance(shard, dict) else (None, None)
+        if not isinstance(name, str) or type(images) is not int:
+            raise ValueError(f"{shard!r:.80} is no shard with a name and a number of images")
+        if name in counts:
+            raise ValueError(f"it lists {name} twice")
+        if not 0 <= images < 2**40:
+            raise ValueError(f"it counts {images} images in {name}")
+        counts[name] = images
+    if index.get("images", sum(counts.values())) != sum(counts.values()):
+        raise ValueError(f"it counts {index['images']} images, but {sum(counts.values())} in its shards")
+    classes = index.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names")
+    if len(set(classes)) < len(classes):
+        raise ValueError("it names a class twice")
+    return counts, classes
+
+
 def read_shard(url: str) -> Iterator[tuple[str, bytes, int]]:
     """Read the images of a shard from its start.
 
     Args:
-        url: As webdataset opens it.
+        url: One of :func:`shard_urls`.
 
     Yields:
         Name in the shard, bytes of the image file, and class index (0 where there is none).
 
     Raises:
-        DataError: If the shard cannot be read.
+        DataError: If the shard cannot be read, or a file in it is sparse or larger than :data:`MAX_FILE_BYTES`.
     """
-    webdataset = import_webdataset()
+    group_by_keys = import_webdataset().tariterators.group_by_keys
     try:
-        for sample in webdataset.tariterators.tarfile_samples([{"url": url}]):
+        for sample in group_by_keys(_files(url)):
             suffix = next((key for key in sample if f".{key}" in IMAGE_EXTENSIONS), None)
             if suffix is not None:
                 yield f"{sample['__key__']}.{suffix}", sample[suffix], int(sample.get("cls", 0))
     except READ_ERRORS as error:
-        raise DataError(f"The shard {url} cannot be read: {error}") from error
+        reason = error.args[0] if error.args and isinstance(error, ValueError) else error
+        raise DataError(f"The shard {url} cannot be read: {reason}") from error
+
+
+def _files(url: str) -> Iterator[dict[str, Any]]:
+    """Yield the files of a shard as webdataset does, but for those that are larger than what is stored of them."""
+    if is_local(url) and not os.path.isfile(url):
+        raise FileNotFoundError("there is no such file any more")
+    stream = open(url, "rb") if is_local(url) else import_webdataset().gopen(url)  # noqa: SIM115
+    with closing(stream) if is_local(url) else nullcontext(), tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for member in tar:
+            if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name):  # the latter is webdataset's own
+                continue
+            if member.issparse() or member.size > MAX_FILE_BYTES:
+                raise DataError(
+                    f"{member.name} in it claims {member.size:,} bytes; no file may be sparse or have more than "
+                    f"{MAX_FILE_BYTES:,}."
+                )
+            content = tar.extractfile(member)
+            assert content is not None
+            yield {"fname": member.name, "data": content.read(), "__url__": url}
+            tar.members = []  # type: ignore[attr-defined]  # else all of them are kept
 
 
 class ShardDataset(IterableDataset[Any]):
@@ -219,6 +235,8 @@ class ShardDataset(IterableDataset[Any]):
         found = 0
         for place, (name, data, label) in enumerate(islice(read_shard(url), wanted.stop)):
             found = place + 1
+            if self.shards.classes and not 0 <= label < len(self.shards.classes):
+                raise DataError(f"{url}/{name} is of class {label}, but its index names {len(self.shards.classes)}.")
             if place >= wanted.start:
                 yield before + place, f"{url}/{name}", data, label
         if found < wanted.stop:

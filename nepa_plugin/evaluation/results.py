@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from nepa_plugin.evaluation.readout import ReadoutRow, readout_table
@@ -84,7 +85,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     entries = results["protocols"]
     found = []
     if any("top1" in entry for entry in entries.values()):
-        table = Table("protocol", "top-1, %", "seconds", title=f"{results['backbone']['source']}")
+        table = Table("protocol", "top-1, %", "seconds", title=escape(str(results["backbone"]["source"])))
         for protocol, entry in entries.items():
             if "top1" in entry:
                 table.add_row(protocol, f"{entry['top1']:.1f}", f"{entry['seconds']:.1f}")

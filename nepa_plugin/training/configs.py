@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader
 
+from nepa_plugin.runtime.reading import FileContentError, read_yaml_text
 from nepa_plugin.runtime.shipped import ShippedConfigError, find, named
 
 
@@ -29,7 +30,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         The merged mapping, without ``base``.
 
     Raises:
-        ConfigFileError: If a file is missing, is no YAML mapping, or names itself as its base.
+        ConfigFileError: If a file is missing, is no YAML mapping, gives a key twice, or names itself as its base.
     """
     try:
         return _read(find(path, "lightly_configs"), ())
@@ -41,8 +42,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigFileError(f"{path} builds on itself: change the key `base` in {above[-1]}.")
     try:
-        config = get_loader("yaml")(path.read_text()) or {}  # reads 1e-3 as a number, as --config does
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = get_loader("yaml")(read_yaml_text(path)) or {}  # reads 1e-3 as a number, as --config does
+    except FileContentError as error:
+        raise ConfigFileError(str(error)) from error
+    except (yaml.YAMLError, ValueError) as error:  # such as the date 2026-99-99
         raise ConfigFileError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ConfigFileError(f"{path} must hold a mapping of options, not a {type(config).__name__}.")

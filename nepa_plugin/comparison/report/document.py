@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def write_report(runs: Sequence[Run], out: Path, command: str, title: str = "Com
         "Equal in all rows": equal,
         "Failed": failures(runs),
     }
-    markdown = [f"# {title}", "", "```", command, "```", ""]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
+    markdown = [f"# {_plain(title)}", "", fence, command, fence, ""]
     page = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(command)}</pre>"]
     for table in tables:
         markdown += _markdown(table)
@@ -85,17 +87,25 @@ def write_report(runs: Sequence[Run], out: Path, command: str, title: str = "Com
         page.append(f'<h2>{caption}</h2><img alt="{caption}" src="data:image/png;base64,{data}">')
     for heading, lines in lists.items():
         if lines:
-            markdown += [f"## {heading}", "", *(f"- {line}" for line in lines), ""]
+            markdown += [f"## {heading}", "", *(f"- {_plain(line)}" for line in lines), ""]
             page.append(f"<h2>{heading}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>")
     (out / "report.md").write_text("\n".join(markdown))
     (out / "report.html").write_text(_PAGE.format(title=html.escape(title), body="\n".join(page)))
     write_csv(runs, out / "results.csv")
 
 
+def _plain(text: str) -> str:
+    """Return text of others, such as names and errors, as Markdown that shows it as it is, on one line."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*\[\]|#~])", r"\\\1", text)
+
+
 def _markdown(table: Table) -> list[str]:
-    lines = [f"## {table.heading}", "", f"| {' | '.join(table.header)} |", f"|{' --- |' * len(table.header)}"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table.rows]
-    return [*lines, "", table.note, ""]
+    def cells(row: list[str]) -> str:
+        return f"| {' | '.join(map(_plain, row))} |"
+
+    lines = [f"## {table.heading}", "", cells(table.header), f"|{' --- |' * len(table.header)}"]
+    return [*lines, *map(cells, table.rows), "", table.note, ""]
 
 
 def _html(table: Table) -> str:

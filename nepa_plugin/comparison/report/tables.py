@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import rich.table
+from rich.markup import escape
 
 from nepa_plugin.comparison.run import Run
 
@@ -80,7 +81,7 @@ class Table:
         for i, title in enumerate(self.header):
             table.add_column(title, justify="right" if i else "left")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
 
