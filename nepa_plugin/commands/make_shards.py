@@ -9,6 +9,7 @@ The second form counts the images of shards that something else has made; put it
 import sys
 
 from nepa_plugin.commands.naming import command_parser
+from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.data.packing import index_shards, make_shards
 
 
@@ -28,13 +29,18 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--images_per_shard", type=int, default=1000, help="images in each shard")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
     parser.add_argument("--skip_bad", action="store_true", help="leave out files that are no readable images")
+    parser.add_argument(
+        "--max_image_pixels", type=int, default=MAX_PIXELS, help="of an image; one with more is no readable one"
+    )
     parser.add_argument("--allow_pipe", action="store_true", help="with --index: run shards that are pipe: commands")
     given = parser.parse_args(args)
     try:
         if given.index:
             index = index_shards(given.folder, given.out, given.allow_pipe)
         else:
-            index = make_shards(given.folder, given.out, given.images_per_shard, given.seed, given.skip_bad)
+            index = make_shards(
+                given.folder, given.out, given.images_per_shard, given.seed, given.skip_bad, given.max_image_pixels
+            )
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{given.out}: {index['images']} images in {len(index['shards'])} shard(s), {len(index['classes'])} classes")

@@ -22,11 +22,12 @@ import yaml
 from rich.console import Console
 
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
-from nepa_plugin.data.evaluation import evaluation_folders
-from nepa_plugin.data.files import fingerprint
+from nepa_plugin.data.evaluation import evaluation_folders, evaluation_images
+from nepa_plugin.data.files import content_fingerprint, fingerprint
 from nepa_plugin.evaluation import EvaluationOptions, check_evaluation, evaluate, read_results
+from nepa_plugin.evaluation.results import put_aside
 from nepa_plugin.runtime.files import write_json
-from nepa_plugin.runtime.reading import read_yaml_text
+from nepa_plugin.runtime.reading import read_json, read_yaml_text
 from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
 
@@ -261,10 +262,9 @@ def _load(run: Run) -> None:
 def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
     out, asked = run.folder / "evaluation", json.loads(json.dumps({"data": what.data, **asdict(what.options)}))
     record = out / REQUEST
-    same = record.is_file() and json.loads(record.read_text()) == asked
-    done = (read_results(out) or {}).get("protocols", {}) if same else {}
-    missing = [name for name in what.protocols if name not in done]
     try:
+        done = _done(out, record, asked, what)
+        missing = [name for name in what.protocols if name not in done]
         if missing:
             say(f"{place}evaluating {', '.join(missing)}")
             write_json(record, asked)
@@ -276,6 +276,21 @@ def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
     run.results = {name: done[name] for name in what.protocols}
     scores = [f"{name} {result['top1']:.1f}" for name, result in run.results.items() if "top1" in result]
     say(f"{place}{'  '.join(scores)}")
+
+
+def _done(out: Path, record: Path, asked: dict[str, Any], what: Comparison) -> dict[str, Any]:
+    """Return the results that there are of what is asked, on the images that there are now; put others aside."""
+    results = read_results(out)
+    if results is None:
+        return {}
+    train, val = evaluation_images(what.data, what.options.max_image_pixels)
+    now = {"train": content_fingerprint(train), "val": content_fingerprint(val)}
+    same_images = results["data"].get("images_sha256", now) == now
+    if same_images and record.is_file() and read_json(record, {}, f"Remove {out}.") == asked:
+        return dict(results["protocols"])
+    if not same_images:
+        put_aside(out)
+    return {}
 
 
 def _untrained(runs: list[Run], what: Comparison) -> list[Run]:

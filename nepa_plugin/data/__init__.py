@@ -12,7 +12,17 @@ _WHERE = {
     "errors": ("DataError",),
     "digits": ("TRAINING_DIGITS", "digit_images", "digits_folder"),
     "evaluation": ("evaluation_crop", "evaluation_folders", "evaluation_images", "evaluation_loaders", "image_size"),
-    "files": ("IMAGE_EXTENSIONS", "class_names", "files_signature", "find_bad_images", "fingerprint", "image_folder"),
+    "files": (
+        "IMAGE_EXTENSIONS",
+        "MAX_PIXELS",
+        "check_files",
+        "class_names",
+        "content_fingerprint",
+        "files_signature",
+        "find_bad_images",
+        "fingerprint",
+        "image_folder",
+    ),
     "module": ("ImageData",),
     "samples": (
         "EpochBatchSampler",

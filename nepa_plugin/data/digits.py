@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nepa_plugin.data.cache import cache_dir
+from nepa_plugin.data.cache import cache_dir, private_folder
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.runtime.files import whole_folder
 
@@ -47,6 +47,8 @@ def digits_folder(root: str | Path | None = None) -> Path:
     target = Path(root) if root else cache_dir() / "digits"
     if target.is_dir():
         return target
+    with suppress(OSError):
+        private_folder(target.parent)
     with suppress(OSError), whole_folder(target) as part:  # another process may be first
         for i, (image, label) in enumerate(zip(*digit_images(32), strict=True)):
             folder = part / ("train" if i < TRAINING_DIGITS else "val") / str(label)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
 from nepa_plugin.data.errors import DataError
-from nepa_plugin.data.files import class_names, image_folder
+from nepa_plugin.data.files import MAX_PIXELS, class_names, image_folder
 from nepa_plugin.data.samples import SeededDataset
 from nepa_plugin.data.transforms import eval_transform
 
@@ -20,11 +20,12 @@ def evaluation_folders(source: str | Path) -> tuple[Path, Path]:
     return root / "train", val
 
 
-def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDataset]:
+def evaluation_images(source: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[LightlyDataset, LightlyDataset]:
     """Open labelled training and validation images.
 
     Args:
         source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val`` (or ``test``).
+        max_pixels: The most pixels that an image may have.
 
     Returns:
         The training and the validation images, of the same classes.
@@ -33,7 +34,8 @@ def evaluation_images(source: str | Path) -> tuple[LightlyDataset, LightlyDatase
         DataError: If a folder is missing, holds no image, has no or one class, or the two have different classes.
     """
     folders = evaluation_folders(source)
-    train, val = image_folder(folders[0], "training images"), image_folder(folders[1], "validation images")
+    train = image_folder(folders[0], "training images", max_pixels)
+    val = image_folder(folders[1], "validation images", max_pixels)
     classes, val_classes = class_names(train), class_names(val)
     if not classes:
         raise DataError(f"{folders[0]} has no classes: evaluation needs one sub-folder per class.")

@@ -1,76 +1,172 @@
 """Image folders: opening them, finding unreadable files, and telling whether two folders hold the same images."""
 
 import hashlib
-import json
 import os
+import stat
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightly.data import LightlyDataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
-from nepa_plugin.data.cache import cache_dir
+from nepa_plugin.data.cache import cache_dir, private_folder
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.reading import read_json
 
+#: What a file's name must end with, in capitals or not, to be taken for an image; lightly's and torchvision's own list.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+#: A file of such a name makes lightly look for videos alone.
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".avi", ".mpg", ".hevc", ".m4v", ".webm", ".mpeg")
+#: The most pixels that an image may have by default: Pillow's own bound, which a small file can exceed on purpose.
+MAX_PIXELS = 178_956_970
+#: What Pillow raises of a file that is no readable image, or has too many pixels.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+#: Bytes at the beginning and the end of each file that are looked at.
+_ENDS = 4096
+
+# pixel_limit is the bound, and Pillow warns from half of it on
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def _is_bad_image(path: str) -> bool:
-    """Whether a file is no readable image. Decodes it only if the end of the file looks cut off."""
+class FolderImages(LightlyDataset):
+    """An image folder as lightly reads it, of (image, class index, filename).
+
+    Args:
+        root: The folder.
+        max_pixels: The most pixels that an image may have.
+    """
+
+    def __init__(self, root: str, max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__(root)
+        self.max_pixels = max_pixels
+
+
+@contextmanager
+def pixel_limit(max_pixels: int | None) -> Iterator[None]:
+    """Let Pillow read images of so many pixels, or any, inside the block."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if max_pixels is None else max_pixels // 2  # Pillow's error is at twice of it
     try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found in a list of image files.
+
+    Attributes:
+        bad: The unreadable ones, and what is wrong with each.
+        content: A SHA-256 of all files' names, sizes, and bytes at both ends.
+    """
+
+    bad: dict[str, str]
+    content: str
+
+    def refusal(self, root: str | Path, remedy: str) -> DataError:
+        """Return the error that names the unreadable files.
+
+        Args:
+            root: Their folder.
+            remedy: What to do about them: a sentence.
+        """
+        names = ", ".join(f"{Path(root) / file} ({why})" for file, why in sorted(self.bad.items())[:5])
+        more = " ..." if len(self.bad) > 5 else ""
+        return DataError(f"{len(self.bad)} file(s) cannot be read as images: {names}{more}. {remedy}")
+
+
+def _examine(path: str, max_pixels: int) -> tuple[str, str]:
+    """Return what is wrong with an image file, if anything, and a digest. Decodes it only if its end looks cut off."""
+    digest = ""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "no regular file", digest  # a pipe would be waited for without end
         with open(path, "rb") as file:
-            head = file.read(4)
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 16))
+            head = file.read(_ENDS)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _ENDS))
             tail = file.read()
-        complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in tail) or (head == b"\x89PNG" and b"IEND" in tail)
+        digest = hashlib.sha256(head + tail).hexdigest()
+        end = tail[-16:]
+        complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in end) or (head[:4] == b"\x89PNG" and b"IEND" in end)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:  # parses the header
+                if (pixels := image.width * image.height) > max_pixels:
+                    return f"{pixels:,} pixels, more than max_image_pixels {max_pixels:,}", digest
                 if not complete:
                     image.load()
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-        return True
-    return False
+    except FileNotFoundError:
+        return "a link to nothing" if os.path.islink(path) else "not there any more", digest
+    except PermissionError:
+        return "no permission", digest
+    except IMAGE_ERRORS:
+        return "damaged", digest
+    return "", digest
 
 
-def find_bad_images(root: str | Path, files: list[str]) -> list[str]:
-    """Return those of ``files`` (relative to ``root``) that cannot be read as images.
+def check_files(root: str | Path, files: list[str], max_pixels: int = MAX_PIXELS) -> Check:
+    """Look at image files: which are unreadable, and a hash of all.
 
     The result is kept in :func:`cache_dir` and reused as long as names, sizes and times of the files are the same.
 
     Args:
         root: The image folder.
         files: Paths relative to it.
+        max_pixels: The most pixels that an image may have.
 
     Returns:
-        The unreadable ones, in order.
+        What was found.
     """
     root = Path(root).resolve()
-    signature, record = files_signature(root, files), _check_record(root)
-    if record.is_file():
-        known = json.loads(record.read_text())
+    signature, record = f"{files_signature(root, files)} {max_pixels}", _check_record(root)
+    with suppress(OSError, ValueError):  # there is none, or a damaged one
+        known = read_json(record, {"signature": str, "bad": dict, "content": str}, "")
         if known["signature"] == signature:
-            return list(known["bad"])
+            return Check(known["bad"], known["content"])
+    with pixel_limit(None), _file_threads() as pool:  # the bound is looked at here, whoever else uses Pillow
+        found = list(pool.map(lambda file: _examine(str(root / file), max_pixels), files))
+    bad = {file: why for file, (why, _) in zip(files, found, strict=True) if why}
+    sizes = [(file, info[1], digest) for file, info, (_, digest) in zip(files, _stats(root, files), found, strict=True)]
+    check = Check(bad, hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest())
+    with suppress(OSError):  # nothing is lost but time
+        private_folder(record.parent)
+        write_json(record, {"root": str(root), "signature": signature, "bad": bad, "content": check.content})
+    return check
+
+
+def find_bad_images(root: str | Path, files: list[str], max_pixels: int = MAX_PIXELS) -> list[str]:
+    """Return those of ``files`` (relative to ``root``) that cannot be read as images; see :func:`check_files`."""
+    bad = check_files(root, files, max_pixels).bad
+    return [file for file in files if file in bad]
+
+
+def _stats(root: Path, files: list[str]) -> list[tuple[str, int, int]]:
+    """Return name, size and time of change of files; of one that is not there, -1 and 0."""
+
+    def one(file: str) -> tuple[str, int, int]:
+        try:
+            info = (root / file).stat()
+        except OSError:
+            return file, -1, 0
+        return file, info.st_size, info.st_mtime_ns
+
     with _file_threads() as pool:
-        flags = pool.map(lambda file: _is_bad_image(str(root / file)), files)
-        bad = [file for file, is_bad in zip(files, flags, strict=True) if is_bad]
-    write_json(record, {"root": str(root), "signature": signature, "bad": bad})
-    return bad
+        return list(pool.map(one, files))
 
 
 def files_signature(root: str | Path, files: list[str], times: bool = True) -> str:
     """Return a SHA-256 of files' names and sizes and, unless ``times`` is off, of when they were changed."""
-    root = Path(root)
-
-    def stat(file: str) -> tuple[str | int, ...]:
-        info = (root / file).stat()
-        return (file, info.st_size, info.st_mtime_ns) if times else (file, info.st_size)
-
-    with _file_threads() as pool:
-        return hashlib.sha256(repr(list(pool.map(stat, files))).encode()).hexdigest()
+    stats = _stats(Path(root), files)
+    return hashlib.sha256(repr(stats if times else [info[:2] for info in stats]).encode()).hexdigest()
 
 
 def _file_threads() -> ThreadPoolExecutor:
@@ -82,32 +178,97 @@ def fingerprint(images: LightlyDataset) -> str:
     return files_signature(images.input_dir or ".", sorted(images.get_filenames()), times=False)[:16]
 
 
+def content_fingerprint(images: LightlyDataset) -> str:
+    """Return a hash of the names, sizes and contents of a dataset's files: equal for copies, whatever their times.
+
+    Of the contents it takes 4 KB at the beginning and 4 KB at the end of each file, which are read anyway to find
+    unreadable files.
+    """
+    return check_files(
+        images.input_dir or ".", images.get_filenames(), getattr(images, "max_pixels", MAX_PIXELS)
+    ).content
+
+
 def _check_record(root: Path) -> Path:
     return cache_dir() / "checked" / (hashlib.sha256(str(root).encode()).hexdigest()[:24] + ".json")
 
 
-def image_folder(root: str | Path, what: str = "data.train_dir") -> LightlyDataset:
-    """Open an image folder as lightly reads it: with a sub-folder per class, or flat.
+def image_folder(root: str | Path, what: str = "data.train_dir", max_pixels: int = MAX_PIXELS) -> FolderImages:
+    """Open an image folder as lightly reads it: with a sub-folder per class, or flat. Says what is left out.
 
     Args:
         root: The folder.
         what: What to call the folder's option in an error.
+        max_pixels: The most pixels that an image may have.
 
     Returns:
         The dataset of (image, class index, filename).
 
     Raises:
-        DataError: If the folder is missing or holds no image.
+        DataError: If the folder is missing or holds no image, a folder in it cannot be read, or a link leads back.
     """
     path = Path(root)
-    if not path.is_dir():
-        raise DataError(f"{what}: no folder at {path}. Give a folder of images, with one sub-folder per class or flat.")
-    if not any(f.lower().endswith(IMAGE_EXTENSIONS) for _, _, files in os.walk(path) for f in files):
+    if not os.path.isdir(path):
+        found = "is a file, no folder" if os.path.lexists(path) else ""
+        problem = f"{path} {found}" if found else f"no folder at {path}"
+        raise DataError(f"{what}: {problem}. Give a folder of images, with one sub-folder per class or flat.")
+    images, others = _scan(path, what)
+    if videos := sum(others[extension] for extension in VIDEO_EXTENSIONS):
+        raise DataError(
+            f"{what}: {path} holds {videos} video(s), which lightly reads instead of images. Move them away."
+        )
+    if not images:
         raise DataError(f"{what}: {path} holds no image. Known extensions: {', '.join(IMAGE_EXTENSIONS)}.")
     try:
-        return LightlyDataset(str(path))
-    except (FileNotFoundError, RuntimeError) as error:
-        raise DataError(f"{what}: {path} cannot be read as an image folder: {error}") from error
+        dataset = FolderImages(str(path), max_pixels)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{what}: {path} cannot be read as an image folder: {reason}") from error
+    elsewhere = images - len(dataset)
+    if elsewhere or others:
+        parts = [f"{elsewhere} image(s) that are in no sub-folder"] if elsewhere else []
+        parts += [f"{count} {name}" for name, count in sorted(others.items(), key=lambda item: (-item[1], item[0]))[:5]]
+        parts += ["others"] if len(others) > 5 else []
+        rank_zero_info(
+            f"{what}: {len(dataset)} images in {path}; left out {elsewhere + others.total()} other file(s): "
+            f"{', '.join(parts)}."
+        )
+    return dataset
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def _scan(root: Path, what: str) -> tuple[int, Counter[str]]:
+    """Return the number of image files below a folder, and of others by extension."""
+    images, others = 0, Counter[str]()
+    folders: list[tuple[str, tuple[str, ...]]] = [(str(root), (os.path.realpath(root),))]
+    while folders:
+        folder, above = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise DataError(f"{what}: the folder {folder} cannot be read: {error.strerror}.") from error
+        for entry in entries:
+            if _is_folder(entry):
+                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(above[-1], entry.name)
+                if real in above:  # torchvision would follow it until the path is too long
+                    raise DataError(f"{what}: {entry.path} is a link to a folder that it is in. Remove the link.")
+                folders.append((entry.path, (*above, real)))
+            elif is_image_name(entry.name):
+                images += 1
+            else:
+                others[os.path.splitext(entry.name)[1].lower() or "without extension"] += 1
+    return images, others
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def class_names(images: LightlyDataset | None) -> list[str]:

@@ -5,7 +5,6 @@ A resumed run therefore sees exactly what an uninterrupted one sees, whatever th
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
-from nepa_plugin.data.files import class_names, find_bad_images, fingerprint, image_folder
+from nepa_plugin.data.files import MAX_PIXELS, check_files, class_names, fingerprint, image_folder
 from nepa_plugin.data.pipelines import FileDataset, PipelineName, build_pipeline
 from nepa_plugin.data.samples import (
     DataError,
@@ -50,6 +49,8 @@ class ImageData(LightningDataModule):
             ``"device"``, where the loader only reads files and all else is batched on the device. The last two are for
             methods whose augmentation is one random crop and flip.
         seed: Seed of the order and the augmentation; the command sets it to ``seed_everything``.
+        max_image_pixels: The most pixels that an image may have; one with more is a bad image. By default Pillow's own
+            bound against small files that fill the memory.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ImageData(LightningDataModule):
         shuffle_buffer: int = 1000,
         seed: int = 1337,
         allow_pipe: bool = False,
+        max_image_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
         if train_dir is None and train_shards is None and demo is None:
@@ -85,10 +87,11 @@ class ImageData(LightningDataModule):
         self.on_bad_image = on_bad_image
         self.pipeline = pipeline
         self.shuffle_buffer = shuffle_buffer
+        self.max_image_pixels = max_image_pixels
         self.seed = seed
         self.train_shards = open_shards(train_shards, allow_pipe) if train_shards else None
-        self.train_images = image_folder(train_dir, "data.train_dir") if train_dir else None
-        self.val_images = image_folder(val_dir, "data.val_dir") if val_dir else None
+        self.train_images = image_folder(train_dir, "data.train_dir", max_image_pixels) if train_dir else None
+        self.val_images = image_folder(val_dir, "data.val_dir", max_image_pixels) if val_dir else None
         self._indices: dict[int, list[int]] = {}
         classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
         val_classes = class_names(self.val_images)
@@ -115,13 +118,10 @@ class ImageData(LightningDataModule):
             if images is None:
                 continue
             files = images.get_filenames()
-            bad = set(find_bad_images(images.input_dir, files))
+            check = check_files(images.input_dir, files, self.max_image_pixels)
+            bad = check.bad
             if bad and self.on_bad_image == "error":
-                names = ", ".join(str(Path(images.input_dir) / f) for f in sorted(bad)[:5])
-                raise DataError(
-                    f"{len(bad)} file(s) cannot be read as images: {names}{' ...' if len(bad) > 5 else ''}. Remove or "
-                    "repair them, or pass --data.on_bad_image skip."
-                )
+                raise check.refusal(images.input_dir, "Remove or repair them, or pass --data.on_bad_image skip.")
             self._indices[id(images)] = [i for i, file in enumerate(files) if file not in bad]
             if not self._indices[id(images)]:
                 raise DataError(f"{images.input_dir} holds no readable image.")
@@ -198,6 +198,7 @@ class ImageData(LightningDataModule):
                 self.trainer.world_size,
                 self.shuffle_buffer,
                 self.on_bad_image,
+                self.max_image_pixels,
             )
             return ShardLoader(shards, self._position, workers)
         dataset = self._dataset(self.train_images, method.train_transform())

@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from nepa_plugin.data.errors import DataError
-from nepa_plugin.data.files import class_names, find_bad_images, image_folder
+from nepa_plugin.data.files import MAX_PIXELS, check_files, class_names, image_folder
 from nepa_plugin.data.shards import INDEX, read_shard
 from nepa_plugin.data.sources import import_webdataset, shard_name, shard_urls
 from nepa_plugin.runtime.files import whole_folder, write_json
 
 
 def make_shards(
-    folder: str | Path, out: str | Path, images_per_shard: int = 1000, seed: int = 0, skip_bad: bool = False
+    folder: str | Path,
+    out: str | Path,
+    images_per_shard: int = 1000,
+    seed: int = 0,
+    skip_bad: bool = False,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Pack an image folder into ``images-000000.tar`` and so on, in random order, and ``index.json``.
 
@@ -24,6 +29,7 @@ def make_shards(
         images_per_shard: Images in each; at least as many shards as loader processes over all devices are needed.
         seed: Seed of the order.
         skip_bad: Leave out files that are no readable images, instead of refusing.
+        max_image_pixels: The most pixels that an image may have; one with more is no readable image.
 
     Returns:
         The index: ``shards`` (``name`` and number of ``images`` of each), ``images``, and the names of the ``classes``.
@@ -31,17 +37,15 @@ def make_shards(
     Raises:
         DataError: If there is no image, a file is unreadable, or ``out`` exists.
     """
-    images, target = image_folder(folder, "make_shards"), Path(out)
+    images, target = image_folder(folder, "make_shards", max_image_pixels), Path(out)
     if images_per_shard < 1:
         raise DataError(f"images_per_shard must be positive, got {images_per_shard}.")
     if target.exists():
         raise DataError(f"{target} exists. Choose another folder for the shards, or remove it.")
-    bad = set(find_bad_images(folder, images.get_filenames()))
+    check = check_files(folder, images.get_filenames(), max_image_pixels)
+    bad = check.bad
     if bad and not skip_bad:
-        raise DataError(
-            f"{len(bad)} file(s) cannot be read as images, first {Path(folder) / min(bad)}. Remove or repair them, or "
-            "pass --skip_bad."
-        )
+        raise check.refusal(folder, "Remove or repair them, or pass --skip_bad.")
     samples = [
         sample for sample, name in zip(images.dataset.samples, images.get_filenames(), strict=True) if name not in bad
     ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from nepa_plugin.data.errors import DataError
+from nepa_plugin.data.files import IMAGE_ERRORS
 from nepa_plugin.data.resample import resize_crops
 from nepa_plugin.data.samples import SeededDataset, generators_of, torch_seeded
 from nepa_plugin.data.transforms import CropFlip, crop_flip
@@ -93,6 +94,8 @@ class PilPipeline:
 
 class TensorPipeline(PilPipeline):
     """Decode, crop, resize and flip uint8 tensors in the loader; normalise on the device.
+
+    torchvision's decoder knows no bound of an image's pixels, so what is decoded should have been looked at before.
 
     Args:
         augmentation: What to do.
@@ -200,7 +203,7 @@ def _decode_jpegs(data: list[Tensor], device: torch.device, names: list[str]) ->
     for image, name in zip(data, names, strict=True):
         try:
             decoded.append(decode(image).to(device))
-        except (OSError, SyntaxError, ValueError) as error:
+        except IMAGE_ERRORS as error:
             raise DataError(f"{name} cannot be read: {error}") from error
     return decoded
 

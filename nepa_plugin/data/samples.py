@@ -15,6 +15,7 @@ from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader, Dataset
 
 from nepa_plugin.data.errors import DataError
+from nepa_plugin.data.files import IMAGE_ERRORS, MAX_PIXELS, pixel_limit
 from nepa_plugin.data.transforms import crop_flip
 
 SampleKey = tuple[int, int]  # (epoch, index)
@@ -80,6 +81,7 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
         self.indices = indices
         self.on_bad_image = on_bad_image
         self.seeded = generators_of(transform)
+        self.max_pixels: int | None = getattr(dataset, "max_pixels", MAX_PIXELS)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -99,14 +101,16 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
         for offset in range(len(self)):
             position = self.indices[(index + offset) % len(self)]
             try:
-                image, target, filename = self.load(position)
-            except (OSError, SyntaxError, ValueError) as error:
+                with pixel_limit(self.max_pixels):
+                    image, target, filename = self.load(position)
+            except IMAGE_ERRORS as error:
                 name = self.dataset.index_to_filename(self.dataset.dataset, position)
                 if self.on_bad_image == "skip":
                     warnings.warn(f"Skipped {name}, which became unreadable: {error}", stacklevel=1)
                     continue
                 raise DataError(f"{Path(self.dataset.input_dir or '.') / name} cannot be read: {error}") from error
-            return self.view(image, (self.seed, epoch, index)), target, filename
+            with pixel_limit(self.max_pixels):  # Pillow looks at the size of a crop, too
+                return self.view(image, (self.seed, epoch, index)), target, filename
         raise DataError(f"{self.dataset.input_dir} holds no readable image.")
 
 

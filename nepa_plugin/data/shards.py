@@ -1,6 +1,7 @@
 """Packed shards: training images read one after the other from tar files, with webdataset."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,12 +15,13 @@ from random import Random
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from nepa_plugin.data.errors import DataError
-from nepa_plugin.data.files import IMAGE_EXTENSIONS
-from nepa_plugin.data.pipelines import PilPipeline
+from nepa_plugin.data.files import IMAGE_ERRORS, IMAGE_EXTENSIONS, MAX_PIXELS, pixel_limit
+from nepa_plugin.data.pipelines import PilPipeline, TensorPipeline
 from nepa_plugin.data.samples import ResumableLoader
 from nepa_plugin.data.sources import beside, import_webdataset, is_local, shard_name, shard_urls
 from nepa_plugin.runtime.reading import JSON_BYTES, read_text
@@ -179,6 +181,7 @@ class ShardDataset(IterableDataset[Any]):
         world_size: Number of processes.
         shuffle_buffer: Images to shuffle among, in each loader process; they are kept as files.
         on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
+        max_pixels: The most pixels that an image may have.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class ShardDataset(IterableDataset[Any]):
         world_size: int = 1,
         shuffle_buffer: int = 1000,
         on_bad_image: str = "error",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.shards = shards
         self.pipeline = pipeline
@@ -200,6 +204,7 @@ class ShardDataset(IterableDataset[Any]):
         self.world_size = world_size
         self.shuffle_buffer = shuffle_buffer
         self.on_bad_image = on_bad_image
+        self.max_pixels = max_pixels
         #: Batches of this process in an epoch.
         self.batches = len(shards) // (batch_size * world_size)
         #: Epoch, and batches of it to leave out; in shared memory, where loader processes that stay alive see it.
@@ -248,8 +253,11 @@ class ShardDataset(IterableDataset[Any]):
         for index, name, data, label in files:
             waiting.append(index)
             try:
-                sample = self.pipeline.load(torch.frombuffer(bytearray(data), dtype=torch.uint8)), label, name
-            except (OSError, SyntaxError, ValueError) as error:
+                with pixel_limit(self.max_pixels):
+                    if type(self.pipeline) is TensorPipeline:  # the others ask Pillow first, and it looks at the bound
+                        Image.open(io.BytesIO(data)).close()
+                    sample = self.pipeline.load(torch.frombuffer(bytearray(data), dtype=torch.uint8)), label, name
+            except IMAGE_ERRORS as error:
                 if self.on_bad_image != "skip":
                     raise DataError(f"{name} cannot be read: {error}. --data.on_bad_image skip goes on.") from error
                 warnings.warn(f"Skipped {name}, which is unreadable: {error}", stacklevel=1)
@@ -264,7 +272,9 @@ class ShardDataset(IterableDataset[Any]):
     def _augmented(self, epoch: int, indices: list[int], sample: Any) -> Iterator[tuple[Any, int, str]]:
         image, label, name = sample
         for index in indices:
-            yield self.pipeline.view(image, (self.seed, epoch, index)), label, name
+            with pixel_limit(self.max_pixels):
+                view = self.pipeline.view(image, (self.seed, epoch, index))
+            yield view, label, name
 
 
 class ShardLoader(ResumableLoader):

@@ -10,7 +10,7 @@ from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data.evaluation import evaluation_crop, evaluation_images, image_size
-from nepa_plugin.data.files import find_bad_images
+from nepa_plugin.data.files import MAX_PIXELS, check_files
 from nepa_plugin.data.samples import (
     DataError,
     EpochBatchSampler,
@@ -70,12 +70,13 @@ class ImageFormat:
         return NEPATransform(self.size, tuple(scale), hflip, self.mean, self.std).transform  # type: ignore[arg-type]
 
 
-def open_images(source: str | Path, world_size: int = 1) -> Images:
+def open_images(source: str | Path, world_size: int = 1, max_pixels: int = MAX_PIXELS) -> Images:
     """Open labelled images and check that all of them can be read.
 
     Args:
         source: ``"digits"``, or a folder that holds ``train`` and ``val`` with a sub-folder per class.
         world_size: Number of processes that share the validation images.
+        max_pixels: The most pixels that an image may have.
 
     Returns:
         The images.
@@ -83,15 +84,11 @@ def open_images(source: str | Path, world_size: int = 1) -> Images:
     Raises:
         DataError: If they cannot be evaluated on; the message names the folder or file.
     """
-    train, val = evaluation_images(source)
+    train, val = evaluation_images(source, max_pixels)
     for images in (train, val):
-        bad = find_bad_images(images.input_dir, images.get_filenames())
-        if bad:
-            names = ", ".join(str(Path(images.input_dir) / file) for file in bad[:5])
-            raise DataError(
-                f"{len(bad)} file(s) cannot be read as images: {names}{' ...' if len(bad) > 5 else ''}. Remove or "
-                "repair them."
-            )
+        check = check_files(images.input_dir, images.get_filenames(), max_pixels)
+        if check.bad:
+            raise check.refusal(images.input_dir, "Remove or repair them.")
     if min(len(train), len(val)) < world_size:
         raise DataError(f"{source} has fewer images than the {world_size} processes that share them.")
     return Images(str(source), train, val, list(train.dataset.classes))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.evaluation.attentive import AttentiveOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
 from nepa_plugin.evaluation.linear import LinearOptions
@@ -23,6 +24,7 @@ class EvaluationOptions:
         untrained: Take the backbone's architecture with fresh weights.
         model_args: Arguments of the model that override the backbone's own, such as ``attention`` or ``img_size``.
         crop_pct: Centre crop over resized side of the scored images; by default the model's own, 1 up to 64 pixels.
+        max_image_pixels: The most pixels that an image may have.
         batch_size: Images per device while features are extracted.
         num_workers: Loader processes per device; by default the cores, at most 16, and none up to two cores.
         accelerator: ``auto``, ``cuda`` or ``cpu``.
@@ -44,6 +46,7 @@ class EvaluationOptions:
     untrained: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
     crop_pct: float | None = None
+    max_image_pixels: int = MAX_PIXELS
     batch_size: int = 256
     num_workers: int | None = None
     accelerator: str = "auto"

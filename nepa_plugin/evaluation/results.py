@@ -1,6 +1,5 @@
 """``results.json``: what was measured, and everything needed to measure it again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.table import Table
 
 from nepa_plugin.evaluation.readout import ReadoutRow, readout_table
 from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.reading import FileContentError, read_json
 
 RESULTS_NAME = "results.json"
 
@@ -36,12 +36,17 @@ def write_results(results: dict[str, Any], folder: str | Path) -> Path:
         if before["backbone"]["weights_sha256"] == results["backbone"]["weights_sha256"]:
             results = results | {"protocols": before["protocols"] | results["protocols"]}
         else:
-            n = 1
-            while (folder / f"results-{n}.json").exists():
-                n += 1
-            path.rename(folder / f"results-{n}.json")
+            put_aside(folder)
     write_json(path, results)
     return path
+
+
+def put_aside(folder: Path) -> None:
+    """Rename a folder's results to ``results-1.json``, or the next number that is free."""
+    n = 1
+    while (folder / f"results-{n}.json").exists():
+        n += 1
+    (folder / RESULTS_NAME).rename(folder / f"results-{n}.json")
 
 
 def read_results(folder: str | Path) -> dict[str, Any] | None:
@@ -53,23 +58,31 @@ def read_results(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / RESULTS_NAME
     if not path.is_file():
         return None
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        if not {"backbone", "data", "protocols"} <= set(results):
-            raise KeyError("backbone, data or protocols")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of results: {error}. Remove it, or choose another --out.") from error
+    remedy = "Remove it, or choose another --out."
+    results = read_json(path, {"backbone": dict, "data": dict, "protocols": dict}, remedy)
+    data = results["data"]
+    if (
+        not isinstance(results["backbone"].get("weights_sha256"), str)
+        or not all(isinstance(data.get(key), int) for key in ("train_images", "val_images"))
+        or not isinstance(data.get("classes"), list)
+        or "source" not in data
+        or not all(isinstance(entry, dict) for entry in results["protocols"].values())
+    ):
+        raise FileContentError(f"{path} is damaged: it is not a file of results. {remedy}")
     return results
 
 
 def check_same_data(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """Raise ``ValueError`` if two results are on different images."""
-    keys = ("classes", "train_images", "val_images")
-    if any(before["data"][key] != now["data"][key] for key in keys):
+    """Raise ``ValueError`` if two results are on different images; a copy of the images is the same.
+
+    Results that were written before there was ``images_sha256`` tell by the classes and the numbers of images.
+    """
+    keys = ("classes", "train_images", "val_images", "images_sha256")
+    one, other = before["data"], now["data"]
+    if any(key in one and key in other and one[key] != other[key] for key in keys):
         raise ValueError(
-            f"{path} holds results on other images ({before['data']['source']}, "
-            f"{before['data']['train_images']} for training, {len(before['data']['classes'])} classes), not on "
-            f"{now['data']['source']}. Choose another --out."
+            f"{path} holds results on other images ({one['source']}, {one['train_images']} for training, "
+            f"{len(one['classes'])} classes), not on {other['source']}. Choose another --out."
         )
 
 

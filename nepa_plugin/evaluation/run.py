@@ -13,6 +13,7 @@ from torch import nn
 
 from nepa_plugin.checkpoints import save_backbone, untrained_like
 from nepa_plugin.data.errors import DataError
+from nepa_plugin.data.files import content_fingerprint
 from nepa_plugin.evaluation.attentive import TokenSet, attentive_probe, attentive_probe_tokens
 from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.cache import FeatureCache, files_hash, model_description, weights_hash
@@ -98,7 +99,7 @@ def check_evaluation(data: str | Path, protocols: Sequence[str], options: Evalua
     unknown = [name for name in protocols if name not in PROTOCOLS]
     if unknown or not protocols:
         raise ValueError(f"protocol {', '.join(unknown) or 'missing'}: give one or several of {', '.join(PROTOCOLS)}.")
-    images = open_images(data, find_devices(options.accelerator, options.devices).count)
+    images = open_images(data, find_devices(options.accelerator, options.devices).count, options.max_image_pixels)
     if options.k > len(images.train) and {"knn", "readout"} & set(protocols):
         raise DataError(f"k = {options.k} neighbours, but only {len(images.train)} training images: lower k.")
     return images
@@ -135,6 +136,9 @@ class _Evaluation:
                 "train_images": len(images.train),
                 "val_images": len(images.val),
                 "classes": images.classes,
+                "images_sha256": {
+                    split: content_fingerprint(images.split(cast(Split, split))) for split in ("train", "val")
+                },
                 "files_sha256": {split: files_hash(images.split(cast(Split, split))) for split in ("train", "val")},
             },
             "protocols": {},
@@ -273,7 +277,8 @@ class _Evaluation:
         both = []
         for split in ("train", "val"):
             key = *description, self.results["data"]["files_sha256"][split], repr(self.form), self.runtime.precision
-            cache = FeatureCache(key) if self.options.cache else None
+            labels = torch.tensor(self.images.split(cast(Split, split)).dataset.targets)
+            cache = FeatureCache(key, labels, int(model.num_features)) if self.options.cache else None  # type: ignore
             both.append(self._one(model, cast(Split, split), wanted, cache))
         train, val = both
         return None if train is None or val is None else (train, val)

@@ -77,7 +77,7 @@ def test_unreadable_files_are_refused_or_left_out(tmp_path):
     folder = photo_folder(tmp_path / "images", 4)
     (folder / "a" / "001.jpg").write_bytes(b"no image")
     assert find_bad_images(folder, ["a/000.jpg", "a/001.jpg"]) == ["a/001.jpg"]
-    with pytest.raises(ValueError, match=r"1 file\(s\) cannot be read as images, first .*a/001\.jpg.*--skip_bad"):
+    with pytest.raises(ValueError, match=r"1 file\(s\) cannot be read as images: .*a/001\.jpg \(damaged\).*--skip_bad"):
         make_shards(folder, tmp_path / "shards")
     assert make_shards(folder, tmp_path / "shards", skip_bad=True)["images"] == 3
     assert b"no image" not in {data for _, data, _ in contents(tmp_path / "shards")}
