@@ -97,13 +97,11 @@ def _examine(path: str, max_pixels: int) -> tuple[str, str]:
         digest = hashlib.sha256(head + tail).hexdigest()
         end = tail[-16:]
         complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in end) or (head[:4] == b"\x89PNG" and b"IEND" in end)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:  # parses the header
-                if (pixels := image.width * image.height) > max_pixels:
-                    return f"{pixels:,} pixels, more than max_image_pixels {max_pixels:,}", digest
-                if not complete:
-                    image.load()
+        with Image.open(path) as image:  # parses the header
+            if (pixels := image.width * image.height) > max_pixels:
+                return f"{pixels:,} pixels, more than max_image_pixels {max_pixels:,}", digest
+            if not complete:
+                image.load()
     except FileNotFoundError:
         return "a link to nothing" if os.path.islink(path) else "not there any more", digest
     except PermissionError:
@@ -132,7 +130,9 @@ def check_files(root: str | Path, files: list[str], max_pixels: int = MAX_PIXELS
         known = read_json(record, {"signature": str, "bad": dict, "content": str}, "")
         if known["signature"] == signature:
             return Check(known["bad"], known["content"])
-    with pixel_limit(None), _file_threads() as pool:  # the bound is looked at here, whoever else uses Pillow
+    # The bound is looked at here, not by Pillow. Threads share the filters of warnings, which are set once for all.
+    with pixel_limit(None), warnings.catch_warnings(), _file_threads() as pool:
+        warnings.simplefilter("ignore")
         found = list(pool.map(lambda file: _examine(str(root / file), max_pixels), files))
     bad = {file: why for file, (why, _) in zip(files, found, strict=True) if why}
     sizes = [(file, info[1], digest) for file, info, (_, digest) in zip(files, _stats(root, files), found, strict=True)]

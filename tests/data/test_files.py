@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -237,6 +238,14 @@ def test_the_cache_is_the_users_alone(folder, tmp_path):
     (tmp_path / "shared").mkdir(mode=0o755)
     private_folder(tmp_path / "shared" / "x")
     assert [(tmp_path / sub).stat().st_mode & 0o777 for sub in ("shared", "shared/x")] == [0o755, 0o700]
+
+
+def test_warnings_of_others_are_heard_after_a_check(folder):
+    """Each thread setting the filters, and setting them back, would leave them as they were in the midst of it."""
+    before = list(warnings.filters)
+    for i in range(5):
+        check_files(folder, [f"{'ab'[i // 3]}/{i}.png" for i in range(6)], 1000 + i)
+    assert warnings.filters == before
 
 
 # -- EXIF --------------------------------------------------------------------------------------------------------------
