@@ -19,7 +19,14 @@ from nepa_plugin.checkpoints import (
 )
 from nepa_plugin.data.transforms import eval_transform
 from nepa_plugin.methods.optimization import OptimizedModule
-from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt, check_ranges
+from nepa_plugin.runtime.ranges import (
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    check_hints,
+    check_ranges,
+)
 
 Batch = tuple[list[Tensor], Tensor, list[str]]
 
@@ -93,6 +100,9 @@ class Method(OptimizedModule):
         super().__init__()
         self.save_hyperparameters(logger=False)  # of the subclasses' constructors, too
         check_ranges(type(self), self.hparams)
+        check_hints(
+            dict.fromkeys(("depth", "embed_dim", "num_heads"), PositiveInt), backbone_args or {}, "backbone_args."
+        )
         self.batch_size_per_device = batch_size_per_device
         self.img_size = img_size
         self.pool = pool
@@ -111,7 +121,9 @@ class Method(OptimizedModule):
             self.backbone: Any = timm.create_model(backbone, **(args | (backbone_args or {})))
         except RuntimeError as error:
             raise ValueError(f"backbone={backbone!r} is not a timm model: {error}") from error
-        except TypeError as error:
+        except ValueError:  # says itself what does not go together
+            raise
+        except Exception as error:  # whatever a constructor does with numbers that are no sizes
             raise ValueError(
                 f"backbone={backbone!r} cannot be built with {args | (backbone_args or {})}: {error}. Give a timm "
                 "Vision Transformer, and only arguments that it has."

@@ -1,6 +1,7 @@
 """Which devices a command uses, checked before anything is built."""
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +25,15 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
     """Turn Lightning's ``accelerator`` and ``devices`` into what this machine has.
 
     Args:
-        accelerator: ``"auto"`` (CUDA if there is one, else CPU), ``"cuda"``, ``"gpu"``, ``"cpu"``, or another of
-            Lightning's names, which is passed on.
+        accelerator: ``"auto"`` (CUDA if there is one, else CPU), ``"cuda"``, ``"gpu"``, ``"cpu"``, or
+            ``"mps"``, which is passed on.
         devices: ``"auto"`` (every GPU; one process on the CPU), a number, or a list of GPU indices.
 
     Returns:
         The devices.
 
     Raises:
-        DeviceError: If CUDA is asked for and missing, or more devices than there are.
+        DeviceError: If CUDA is asked for and missing, more devices than there are, or something that is no device.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
@@ -41,7 +42,9 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
         accelerator = "cuda"
         if not gpus:
             raise DeviceError("CUDA was asked for, but no CUDA device is available. Use --trainer.accelerator cpu.")
-    if accelerator not in ("cuda", "cpu"):
+    if accelerator not in ("cuda", "cpu", "mps"):
+        raise DeviceError(f"--trainer.accelerator {accelerator!r} is none of auto, cuda, gpu, cpu and mps.")
+    if accelerator == "mps":
         return Devices(accelerator, devices, devices if isinstance(devices, int) else 1)
     # torchrun has already started its processes, whether there are as many cores or not
     cores = max(os.cpu_count() or 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -53,8 +56,12 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
         count = gpus if accelerator == "cuda" else 1
         return Devices(accelerator, count, count)
     if isinstance(devices, str):
+        if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*,?\s*", devices):
+            raise DeviceError(f"--trainer.devices {devices!r} is no number, no list of GPU indices, and not 'auto'.")
         devices = [int(d) for d in devices.split(",") if d.strip()]
     wanted = len(devices) if isinstance(devices, list) else int(devices)
+    if isinstance(devices, list) and len(set(devices)) < len(devices):
+        raise DeviceError(f"--trainer.devices {devices} names a device twice.")
     missing = [d for d in devices if d >= available] if isinstance(devices, list) else []
     if wanted < 1 or wanted > available or missing:
         raise DeviceError(

@@ -20,19 +20,23 @@ class Range:
         high: The greatest, or what is just too high.
         open_low: Whether ``low`` itself is out.
         open_high: Whether ``high`` itself is out.
+        exclude: A number in between that is out.
     """
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
+    exclude: float | None = None
 
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        return math.isfinite(value) and above and below and value != self.exclude
 
     def __repr__(self) -> str:  # what --help shows
+        if self.exclude is not None:
+            return f"other than {self.exclude:g}"
         if self.high == math.inf:
             return f"greater than {self.low:g}" if self.open_low else f"at least {self.low:g}"
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
@@ -64,14 +68,23 @@ def check_ranges(owner: type, values: Mapping[str, Any], prefix: str = "") -> No
         ValueError: If a number is not in its range, or not finite, or a pair is not in order; names the argument, the
             range and the value.
     """
+    check_hints(_hints(owner), values, prefix)
+
+
+def check_hints(hints: Mapping[str, Any], values: Mapping[str, Any], prefix: str = "") -> None:
+    """Check numbers against types by name; values without one are left out. Errors as for :func:`check_ranges`."""
+    for name, value in values.items():
+        if name in hints:
+            _check(hints[name], value, prefix + name)
+
+
+def _hints(owner: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for cls in reversed(owner.__mro__):
         if "__init__" in vars(cls) and cls is not object:
             source: Any = cls if is_dataclass(cls) else cls.__init__  # type: ignore[misc]
             hints |= get_type_hints(source, include_extras=True)
-    for name, value in values.items():
-        if name in hints:
-            _check(hints[name], value, prefix + name)
+    return hints
 
 
 class Checked:

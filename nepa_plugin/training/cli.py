@@ -1,11 +1,14 @@
 """The pretraining command: LightningCLI with a run folder, device and batch checks, and errors of one line."""
 
+import contextlib
 import sys
+import traceback
 import warnings
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Annotated, Any, Optional
 
+import torch
 import torch.distributed as dist
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import RichProgressBar
@@ -23,15 +26,34 @@ from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.methods.optimization import DivergenceError
 from nepa_plugin.runtime import shipped
+from nepa_plugin.runtime.boundary import boundary, in_words
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
+from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt, Range, check_hints
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
 from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, RunClock, StepSeed
 from nepa_plugin.training.configs import merged_configs
 from nepa_plugin.training.metrics_file import KeepingCSVLogger, KeptMetrics
 from nepa_plugin.training.outputs import run_summary, write_outputs
-from nepa_plugin.training.parser import PretrainParser
+from nepa_plugin.training.parser import PretrainParser, plain
 from nepa_plugin.training.run_folder import RunFolder, UsageError, check_resumable
 from nepa_plugin.training.stopping import StopTogether
+
+#: Options of the run and of Lightning's trainer whose range neither of them checks.
+_AT_LEAST_ONE_OR_ALL = Annotated[int, Range(-1), Range(exclude=0)]
+RANGES = {
+    "global_batch_size": PositiveInt | None,
+    "checkpoint_every_n_steps": PositiveInt,
+    "data.batch_size_per_device": PositiveInt,
+    "trainer.num_nodes": PositiveInt,
+    "trainer.max_epochs": _AT_LEAST_ONE_OR_ALL | None,
+    "trainer.max_steps": _AT_LEAST_ONE_OR_ALL,
+    "trainer.accumulate_grad_batches": PositiveInt,
+    "trainer.log_every_n_steps": PositiveInt | None,
+    "trainer.check_val_every_n_epoch": PositiveInt | None,
+    "trainer.num_sanity_val_steps": Annotated[int, Range(-1)] | None,
+    "trainer.gradient_clip_val": NonNegativeFloat | None,
+    "trainer.limit_train_batches": Annotated[float, Range(0, open_low=True)] | None,
+}
 
 
 def _is_rank_zero() -> bool:
@@ -77,6 +99,9 @@ class PretrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check what can be checked without building anything."""
         config = self.config
+        check_hints(RANGES, {name: config.get(name) for name in RANGES})
+        if config.model.init_args.get("num_classes") != signature(Method).parameters["num_classes"].default:
+            raise UsageError("model.num_classes follows from the images' folders: leave it out.")
         if config.run_dir is None:
             named = [str(c) for c in config.get("config") or []]
             config.run_dir = str(Path("runs") / (Path(named[-1]).stem if named else "pretrain"))
@@ -203,6 +228,20 @@ class PretrainCLI(LightningCLI):
         finally:
             self.folder.unlock()
 
+    def failure(self, error: BaseException) -> str:
+        """Return what ended the training, in one line; what is not ours goes with its traceback into a file."""
+        if isinstance(error, (DataError, CheckpointError)):
+            return in_words(error)
+        log, said = self.run_dir / "error.log", in_words(error)
+        with contextlib.suppress(OSError):
+            log.write_text("".join(traceback.format_exception(error)))
+        if isinstance(error, torch.OutOfMemoryError):
+            said = (
+                "The GPU's memory is too small: lower --data.batch_size_per_device (--global_batch_size keeps a step's "
+                f"batch), or pass --model.grad_checkpointing true. {said}"
+            )
+        return f"{said} ({log} has the traceback.)"
+
     def _save_config(self) -> None:
         path, n = self.run_dir / "config.yaml", 1
         while path.exists():  # a resumed run may have other options; both stay
@@ -228,18 +267,16 @@ def main(args: list[str] | None = None, base_config: Path | None = None, prog: s
         SystemExit: With one line on stderr: status 2 if the input is bad, 1 if training diverged; 143 if stopped by
             SIGTERM.
     """
-    try:
+    with boundary(TypeError, MisconfigurationException, explain=_in_words):
         with merged_configs(sys.argv[1:] if args is None else args) as expanded:
             cli = _build(expanded, base_config, prog)
         cli.check()
-    except (ValueError, TypeError, FileNotFoundError, CheckpointError, MisconfigurationException) as error:
-        _exit(error)
     try:
-        cli.fit()
-    except (DataError, CheckpointError) as error:
-        _exit(error)
+        with boundary(torch.OutOfMemoryError, explain=cli.failure):
+            cli.fit()
     except DivergenceError as error:
-        _exit(error, status=1)
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
     except SIGTERMException:
         sys.exit(143)  # Lightning's own status would be 0, as if the run had finished
 
@@ -262,13 +299,14 @@ def _build(args: list[str], base_config: Path | None, prog: str | None) -> Pretr
         )
 
 
-def _exit(error: Exception, status: int = 2) -> NoReturn:
-    text = str(error)
-    cause = error.__cause__ or error.__context__
-    if isinstance(cause, (DataError, CheckpointError, UsageError, ValueError)) and str(cause) in text:
-        text = str(cause)
-    sys.stderr.write(f"error: {' '.join(text.split())}\n")
-    sys.exit(status)
+def _in_words(error: BaseException) -> str:
+    """Return what is wrong with the options, without what jsonargparse wraps around it."""
+    own, inner = (ValueError, OSError, MisconfigurationException), error
+    while type(error) is ValueError and inner is not None:  # jsonargparse's, around that of a method's constructor
+        inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]
+        if isinstance(inner, own) and type(inner) is not ValueError and in_words(inner) in in_words(error):
+            return in_words(inner)
+    return plain(in_words(error))
 
 
 if __name__ == "__main__":

@@ -89,8 +89,9 @@ def merged_configs(args: list[str]) -> Iterator[list[str]]:
             if given is None:
                 expanded.append(arg)
                 continue
+            content = yaml.safe_dump(read_config(given), sort_keys=False)
             merged = Path(folder) / str(i) / Path(given).name
             merged.parent.mkdir()
-            merged.write_text(yaml.safe_dump(read_config(given), sort_keys=False))
+            merged.write_text(content)
             expanded.append(f"{option}={merged}" if given is value else str(merged))
         yield expanded

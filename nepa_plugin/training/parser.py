@@ -3,10 +3,12 @@
 import difflib
 import re
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 from pytorch_lightning.cli import LightningArgumentParser
 
+from nepa_plugin import methods
 from nepa_plugin.methods import Method
 
 
@@ -15,7 +17,7 @@ class PretrainParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print the message, with a suggestion, and exit with status 2."""
-        sys.stderr.write(f"error: {explain(message, self._known_keys())}\n")
+        sys.stderr.write(f"error: {explain(message, self._known_keys)}\n")
         sys.exit(2)
 
     def _known_keys(self) -> list[str]:
@@ -32,12 +34,16 @@ def _subclasses(cls: type) -> list[type]:
     return below + [deeper for sub in below for deeper in _subclasses(sub)]
 
 
-def explain(message: str, known_keys: list[str]) -> str:
+def _is_ours(cls: type) -> bool:
+    return hasattr(methods, cls.__name__) and not cls.__name__.endswith("Method")
+
+
+def explain(message: str, known_keys: Callable[[], list[str]]) -> str:
     """Shorten jsonargparse's message to what the user can act on.
 
     Args:
         message: The parser's message.
-        known_keys: Every valid dotted key.
+        known_keys: Returns every valid dotted key; asked if one is unknown, as it takes a second.
 
     Returns:
         One line; for an unknown key it names the nearest valid one.
@@ -51,7 +57,7 @@ def explain(message: str, known_keys: list[str]) -> str:
         or re.search(r"No action for key ['\"]([\w.]+)['\"]", text)
     )
     if not unknown:
-        return text
+        return plain(text)
     key = unknown.group(1)
     group = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
     if group:
@@ -60,8 +66,42 @@ def explain(message: str, known_keys: list[str]) -> str:
         key = f"model.init_args.{key}"
     elif key.startswith("model.") and not key.startswith("model.init_args."):
         key = "model.init_args." + key.removeprefix("model.")
-    close = difflib.get_close_matches(key, known_keys, n=1, cutoff=0.5)
+    known = known_keys()
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # the right option under the wrong group
-        close = [k for k in known_keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+        close = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
     hint = f"; did you mean `{close[0]}`?" if close else "; see --help for all options."
     return f"config key `{key}`: no such option{hint}"
+
+
+def plain(message: str) -> str:
+    """Return what jsonargparse's message says, without its account of every type that it has tried.
+
+    Args:
+        message: One line.
+
+    Returns:
+        ``option: what is wrong with it``, or the message if it has another form.
+    """
+    wrapped = re.match(r"(?:Parser key \"([\w.]+)\": )?(.*)", message)
+    assert wrapped is not None
+    if "numpy accepts" in message:  # Lightning's word for a seed
+        return f"seed_everything: {message}."
+    key, text = wrapped.groups()
+    tried = re.search(r"Subtypes: \[(.*?)\] Errors: - (.*) Given value type: .*? Given value: (.*)$", text)
+    if tried:
+        types, reasons, value = tried.groups()
+        own = [part for part in reasons.split(" - ") if not re.match(r"Expected a (<class|typing\.Literal|list)", part)]
+        if own:
+            inner = re.sub(r"^Problem with given class_path '[^']*': ", "", own[-1])
+            if key == "model" and re.search("dot import path|has no attribute|Import path does not|No module", inner):
+                known = sorted({cls.__name__ for cls in _subclasses(Method) if _is_ours(cls)})
+                return f"model: there is no method {value.strip()}; the methods are {', '.join(known)}."
+            return f"{key}: {inner}" if key and not inner.startswith("Parser key") else plain(inner)
+        text = f"Expected a {types}. Got value: {value}"
+    expected = re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", text)
+    if expected:
+        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>|Literal\[(.*?)\]", expected.group(1))
+        names = [{"NoneType": "null", "str": "text"}.get(name, name) or choice for name, choice in kinds]
+        text = f"expected {' or '.join(names) or expected.group(1)}, got {expected.group(2)}."
+    return f"{key}: {text}" if key else text

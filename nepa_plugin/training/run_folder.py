@@ -30,9 +30,14 @@ class RunFolder:
 
     Args:
         path: The folder; it need not exist.
+
+    Raises:
+        UsageError: If it can be no folder's name.
     """
 
     def __init__(self, path: str | Path) -> None:
+        if "\0" in str(path):
+            raise UsageError(f"--run_dir: {str(path)!r} has a null byte, which no file system takes.")
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self._lock: IO[str] | None = None

@@ -1,6 +1,7 @@
 """Arguments are held against the ranges in their types, from the command line and from Python."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
@@ -12,6 +13,7 @@ from nepa_plugin.runtime.ranges import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Range,
     Scale,
     check_ranges,
 )
@@ -32,6 +34,7 @@ class Method(Base):
         width: PositiveFloat = 1.0,
         rate: PositiveFloat = 1.0,  # narrower than the base's
         devices: PositiveInt | str = "auto",
+        epochs: Annotated[int, Range(-1), Range(exclude=0)] = 1,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -54,6 +57,8 @@ class Method(Base):
         ("scale", [0.5, 1.2], "scale[1] must be in (0, 1], got 1.2."),
         ("scale", (0.5, 0.2), "scale must be in order, got [0.5, 0.2]."),
         ("devices", 0, "devices must be at least 1, got 0."),
+        ("epochs", 0, "epochs must be other than 0, got 0."),
+        ("epochs", -2, "epochs must be at least -1, got -2."),
     ],
 )
 def test_what_is_out_of_range(name, value, message):
