@@ -59,7 +59,7 @@ def test_some_can_be_tolerated(monkeypatch, tmp_path, capsys):
 def test_a_learning_rate_that_is_none(tmp_path, capsys):
     for value in ("inf", "nan"):
         run("--run_dir", tmp_path / "run", "--model.base_lr", value, code=2)
-        assert f"Got value: {value}" in capsys.readouterr().err
+        assert f"base_lr: expected float, got {value}." in capsys.readouterr().err
     run("--run_dir", tmp_path / "run", "--model.base_lr", "-1", code=2)
     assert "base_lr must be at least 0, got -1.0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="base_lr must be at least 0, got nan"):

@@ -179,22 +179,17 @@ def test_a_kill_in_a_validation_repeats_its_epoch(reference, monkeypatch, tmp_pa
         assert curve(folder, name) == curve(reference, name)
 
 
+SIMSIAM = ["--model", "SimSiam", "--model.backbone_args.attention", "bidirectional"]
+
+
 @pytest.mark.parametrize(
     ("edit", "options", "message"),
     [
         (lambda c: c.pop("optimizer_states"), [], "is no checkpoint of a pretraining run: it has no optimizer_states"),
         (lambda c: c["optimizer_states"][0]["param_groups"].pop(), [], "holds an optimizer of"),
         (lambda c: c["current_model_state"].update(x=torch.zeros(1)), [], "unexpected: x"),
-        (
-            lambda c: c["current_model_state"]["backbone.cls_token"].fill_(float("nan")),
-            [],
-            "not finite in backbone.cls",
-        ),
-        (
-            lambda c: None,
-            ["--model", "SimSiam", "--model.backbone_args.attention", "bidirectional"],
-            "does not fit SimSiam; nothing was loaded. missing: projection_head",
-        ),
+        (lambda c: c["current_model_state"]["backbone.cls_token"].fill_(float("nan")), [], "not finite in backbone"),
+        (lambda c: None, SIMSIAM, "does not fit SimSiam; nothing was loaded. missing: projection_head"),
         (lambda c: None, ["--model.backbone_args.embed_dim", "64"], "backbone.cls_token is (1, 1, 32), the model has"),
     ],
 )
