@@ -14,8 +14,10 @@ import sys
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
+from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_line, command_parser
 from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.places import check_file
 from nepa_plugin.speed import Options, benchmark, cases, kernel_table, profile_step, table
 from nepa_plugin.speed.cases import NAMES, PLAIN
 
@@ -27,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
         args: Command line arguments; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With one line on stderr if the input is bad.
+        SystemExit: With status 2 and one line on stderr if the input is bad.
     """
     parser = command_parser("benchmark", __doc__, args)
     parser.add_argument("--model", nargs="+", default=["base"], help="tiny, small, base, large, huge")
@@ -51,7 +53,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="instead: where the first case's time goes, by kernel")
     parser.add_argument("--out", default=None, help="JSON file")
     given = parser.parse_args(args)
-    try:
+    with errors_in_one_line():
+        if given.out:
+            check_file(given.out)
         chosen = cases(
             given.compare,
             model=given.model,
@@ -78,11 +82,9 @@ def main(args: list[str] | None = None) -> None:
         results = benchmark(chosen, options, _report)
         if getattr(rank_zero_only, "rank", 0):
             return
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    if given.out:
-        write_json(given.out, {"command": command_line("benchmark", args), **results})
-    Console(width=200 if not sys.stdout.isatty() else None).print(table(results))
+        Console(width=200 if not sys.stdout.isatty() else None).print(table(results))  # also if it cannot be written
+        if given.out:
+            write_json(given.out, {"command": command_line("benchmark", args), **results})
 
 
 @rank_zero_only

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_line, command_parser
-from nepa_plugin.comparison import Comparison, ComparisonError, compare
+from nepa_plugin.comparison import Comparison, compare
 from nepa_plugin.comparison.report import accuracy_table, failures, write_report
 from nepa_plugin.evaluation import EvaluationOptions
 
@@ -25,7 +26,7 @@ def main(args: list[str] | None = None) -> None:
         args: Command line arguments; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With one line on stderr if the input is bad.
+        SystemExit: With status 2 and one line on stderr if the input is bad.
     """
     arguments = sys.argv[1:] if args is None else args
     split = arguments.index("--") if "--" in arguments else len(arguments)
@@ -40,17 +41,15 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=20, help="neighbours of kNN")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
     given = parser.parse_args(arguments[:split])
-    options = EvaluationOptions(k=given.k)
-    protocols = given.evaluate.split(",")
-    what = Comparison(given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs)
-    try:
+    with errors_in_one_line():
+        options = EvaluationOptions(k=given.k)
+        protocols = [name.strip() for name in given.evaluate.split(",") if name.strip()]
+        what = Comparison(given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs)
         runs = compare(what)
-    except (ComparisonError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    write_report(runs, given.out, command_line("compare", args), given.title)
-    console = Console(width=140)
-    table = accuracy_table(runs)
-    console.print(table.as_rich())
-    console.print(f"Report: {given.out / 'report.html'}, {given.out / 'report.md'}, {given.out / 'results.csv'}")
+        write_report(runs, given.out, command_line("compare", args), given.title)
+        console = Console(width=140, markup=False)
+        console.print(accuracy_table(runs).as_rich())
+        console.print(f"Report: {given.out / 'report.html'}, {given.out / 'report.md'}, {given.out / 'results.csv'}")
     if failures(runs):
-        sys.exit("error: " + "\n".join(failures(runs)))
+        sys.stderr.write("error: " + "\n".join(failures(runs)) + "\n")
+        sys.exit(1)

@@ -10,21 +10,25 @@ work. Small images that must not be mirrored or mixed, such as digits, are fine-
 --finetune.hflip_prob 0 --finetune.mixup 0 --finetune.cutmix 0 --finetune.auto_augment '' --finetune.random_erasing 0.
 """
 
+import os
 import sys
+from itertools import pairwise
 from typing import NoReturn, Optional
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from nepa_plugin.commands.naming import program
+from nepa_plugin.commands.boundary import errors_in_one_line
+from nepa_plugin.commands.naming import program, say_usage_error
 from nepa_plugin.evaluation import EvaluationOptions, evaluate, tables
+from nepa_plugin.runtime.reading import read_yaml_text
 
 
 class Parser(ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.exit(f"error: {' '.join(message.split())} (--help lists the options)")
+        say_usage_error(message)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -34,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
         args: Command line arguments; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With one line on stderr if the input is bad.
+        SystemExit: With status 2 and one line on stderr if the input is bad.
     """
     parser = Parser(prog=program("evaluate", args), description=__doc__, default_env=False)
     parser.add_argument("backbone", type=str, help="what to evaluate")
@@ -44,15 +48,23 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--no-cache", action="store_true", help="compute features anew and keep none")
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(EvaluationOptions, skip={"cache"})
-    given = parser.parse_args(args)
-    chosen = parser.instantiate(given) if hasattr(parser, "instantiate") else parser.instantiate_classes(given)
-    names = ("backbone", "data", "protocol", "out", "no_cache", "config")
-    options = EvaluationOptions(**{k: v for k, v in vars(chosen).items() if k not in names}, cache=not given.no_cache)
-    options.progress = options.progress or sys.stderr.isatty()
-    protocols = [name.strip() for name in given.protocol.split(",") if name.strip()]
-    try:
+    with errors_in_one_line():
+        for path in _configs(sys.argv[1:] if args is None else args):
+            read_yaml_text(path)  # which jsonargparse reads without bounds
+        given = parser.parse_args(args)
+        chosen = parser.instantiate(given) if hasattr(parser, "instantiate") else parser.instantiate_classes(given)
+        names = ("backbone", "data", "protocol", "out", "no_cache", "config")
+        values = {k: v for k, v in vars(chosen).items() if k not in names}
+        options = EvaluationOptions(**values, cache=not given.no_cache)
+        options.progress = options.progress or sys.stderr.isatty()
+        protocols = [name.strip() for name in given.protocol.split(",") if name.strip()]
         results = evaluate(given.backbone, given.data, protocols, options, given.out)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    for table in tables(results) if results else ():
-        Console(width=120).print(table)
+        for table in tables(results) if results else ():
+            Console(width=120).print(table)
+
+
+def _configs(args: list[str]) -> list[str]:
+    """Return the files that are given as ``--config``, of those that are there."""
+    found = [after for option, after in pairwise(args) if option == "--config"]
+    found += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return [path for path in found if os.path.lexists(path)]

@@ -3,9 +3,10 @@
 nepa digit-scenes data/digit_scenes
 """
 
-import sys
-
+from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
+from nepa_plugin.runtime.places import check_folder
+from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveInt, check_hints
 from nepa_plugin.segmentation.scenes import digit_scenes
 
 
@@ -16,7 +17,7 @@ def main(args: list[str] | None = None) -> None:
         args: Command line arguments; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With one line on stderr if the input is bad.
+        SystemExit: With status 2 and one line on stderr if the input is bad.
     """
     parser = command_parser("digit-scenes", __doc__, args)
     parser.add_argument(
@@ -26,7 +27,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--validation", type=int, default=100, help="number of validation scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the composition")
     given = parser.parse_args(args)
-    try:
+    with errors_in_one_line():
+        hints = {"--training": PositiveInt, "--validation": PositiveInt, "--seed": NonNegativeInt}
+        check_hints(hints, {f"--{name}": value for name, value in vars(given).items()})
+        check_folder(given.folder, "the folder")
         print(f"Wrote {digit_scenes(given.folder, given.training, given.validation, seed=given.seed)}")
-    except (ValueError, FileExistsError) as error:
-        sys.exit(f"error: {error}")

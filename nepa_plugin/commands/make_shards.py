@@ -6,8 +6,7 @@ nepa shards --index 'https://HOST/other-{000000..000146}.tar' index.json
 The second form counts the images of shards that something else has made; put its file beside them.
 """
 
-import sys
-
+from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
 from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.data.packing import index_shards, make_shards
@@ -20,7 +19,7 @@ def main(args: list[str] | None = None) -> None:
         args: Command line arguments; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With one line on stderr if the input is bad.
+        SystemExit: With status 2 and one line on stderr if the input is bad.
     """
     parser = command_parser("shards", __doc__, args)
     parser.add_argument("folder", help="images: one sub-folder per class, or flat; with --index, the shards")
@@ -34,13 +33,12 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--allow_pipe", action="store_true", help="with --index: run shards that are pipe: commands")
     given = parser.parse_args(args)
-    try:
+    with errors_in_one_line():
         if given.index:
             index = index_shards(given.folder, given.out, given.allow_pipe)
         else:
             index = make_shards(
                 given.folder, given.out, given.images_per_shard, given.seed, given.skip_bad, given.max_image_pixels
             )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"{given.out}: {index['images']} images in {len(index['shards'])} shard(s), {len(index['classes'])} classes")
+        shards, classes = len(index["shards"]), len(index["classes"])
+        print(f"{given.out}: {index['images']} images in {shards} shard(s), {classes} classes")

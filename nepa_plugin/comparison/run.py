@@ -25,8 +25,11 @@ from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.data.evaluation import evaluation_folders, evaluation_images
 from nepa_plugin.data.files import content_fingerprint, fingerprint
 from nepa_plugin.evaluation import EvaluationOptions, check_evaluation, evaluate, read_results
+from nepa_plugin.evaluation.options import Seed
 from nepa_plugin.evaluation.results import put_aside
 from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.places import check_folder
+from nepa_plugin.runtime.ranges import PositiveInt, check_hints
 from nepa_plugin.runtime.reading import read_json, read_yaml_text
 from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
@@ -87,10 +90,10 @@ class Comparison:
     out: Path
     data: str
     protocols: Sequence[str]
-    seeds: Sequence[int]
+    seeds: Sequence[Seed]
     overrides: Sequence[str] = ()
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
-    jobs: int = 1
+    jobs: PositiveInt = 1
 
     def arguments(self, config: Path, seed: int) -> list[str]:
         """Return the arguments of ``tools/pretrain.py`` for one run, without its folder."""
@@ -149,10 +152,12 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
 
 
 def _plan(what: Comparison) -> list[tuple[Run, Path | None]]:
-    if what.jobs < 1:
-        raise ComparisonError(f"jobs must be at least 1, got {what.jobs}.")
+    check_hints({"jobs": PositiveInt, "seeds": list[Seed]}, {"jobs": what.jobs, "seeds": list(what.seeds)})
+    if not what.seeds or len(set(what.seeds)) < len(what.seeds):
+        raise ComparisonError(f"seeds: give one or several, each once, got {list(what.seeds)}.")
     if not what.sources:
         raise ComparisonError("Nothing to compare: give config files or folders of finished runs.")
+    check_folder(what.out)
     images = check_evaluation(what.data, what.protocols, what.options)
     data = fingerprint(images.train)
     planned: list[tuple[Run, Path | None]] = []

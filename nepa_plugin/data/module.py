@@ -26,6 +26,7 @@ from nepa_plugin.data.samples import (
     trained_batches,
 )
 from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
+from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, check_ranges
 
 
 class ImageData(LightningDataModule):
@@ -58,26 +59,26 @@ class ImageData(LightningDataModule):
         train_dir: str | None = None,
         val_dir: str | None = None,
         demo: Literal["digits"] | None = None,
-        batch_size_per_device: int = 256,
-        num_workers: int | None = None,
-        crop_pct: float = 0.875,
+        batch_size_per_device: PositiveInt = 256,
+        num_workers: NonNegativeInt | None = None,
+        crop_pct: PositiveFraction = 0.875,
         on_bad_image: Literal["error", "skip"] = "error",
         pipeline: PipelineName = "pil",
         train_shards: str | None = None,
-        shuffle_buffer: int = 1000,
+        shuffle_buffer: PositiveInt = 1000,
         seed: int = 1337,
         allow_pipe: bool = False,
-        max_image_pixels: int = MAX_PIXELS,
+        max_image_pixels: PositiveInt = MAX_PIXELS,
     ) -> None:
+        try:
+            check_ranges(ImageData, dict(locals()), "data.")
+        except ValueError as error:
+            raise DataError(str(error)) from None
         super().__init__()
         if train_dir is None and train_shards is None and demo is None:
             raise DataError("data.train_dir is not set: give a folder of images, or --data.demo digits.")
         if train_dir is not None and train_shards is not None:
             raise DataError("data.train_dir and data.train_shards are both set: give one of them.")
-        if shuffle_buffer < 1:
-            raise DataError(f"data.shuffle_buffer must be positive, got {shuffle_buffer}.")
-        if batch_size_per_device < 1:
-            raise DataError(f"data.batch_size_per_device must be positive, got {batch_size_per_device}.")
         if train_dir is None and train_shards is None:
             folder = digits_folder()
             train_dir, val_dir = str(folder / "train"), str(folder / "val")

@@ -9,6 +9,8 @@ from nepa_plugin.data.files import MAX_PIXELS, check_files, class_names, image_f
 from nepa_plugin.data.shards import INDEX, read_shard
 from nepa_plugin.data.sources import import_webdataset, shard_name, shard_urls
 from nepa_plugin.runtime.files import whole_folder, write_json
+from nepa_plugin.runtime.places import check_file, check_folder
+from nepa_plugin.runtime.ranges import PositiveInt, check_hints
 
 
 def make_shards(
@@ -37,11 +39,12 @@ def make_shards(
     Raises:
         DataError: If there is no image, a file is unreadable, or ``out`` exists.
     """
+    values = {"images_per_shard": images_per_shard, "seed": seed, "max_image_pixels": max_image_pixels}
+    check_hints({name: PositiveInt for name in values} | {"seed": int}, values)
     images, target = image_folder(folder, "make_shards", max_image_pixels), Path(out)
-    if images_per_shard < 1:
-        raise DataError(f"images_per_shard must be positive, got {images_per_shard}.")
     if target.exists():
         raise DataError(f"{target} exists. Choose another folder for the shards, or remove it.")
+    check_folder(target, "the shards' folder")
     check = check_files(folder, images.get_filenames(), max_image_pixels)
     bad = check.bad
     if bad and not skip_bad:
@@ -83,6 +86,7 @@ def index_shards(source: str, out: str | Path, allow_pipe: bool = False) -> dict
     urls = shard_urls(source, allow_pipe)
     if Path(out).exists():
         raise DataError(f"{out} exists. Choose another file for the index, or remove it.")
+    check_file(out, "the index")
     index = _index({shard_name(url): sum(1 for _ in read_shard(url)) for url in urls}, [])
     write_json(out, index)
     return index

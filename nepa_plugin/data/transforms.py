@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from PIL import Image
@@ -10,6 +10,18 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD
+from nepa_plugin.runtime.ranges import (
+    Fraction,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Range,
+    Scale,
+    check_hints,
+    check_ranges,
+)
+
+Finite = Annotated[float, Range()]
 
 
 class NEPATransform:
@@ -23,16 +35,20 @@ class NEPATransform:
         hflip_prob: Probability of a horizontal flip.
         mean: Per-channel mean to subtract, for values in [0, 1].
         std: Per-channel standard deviation to divide by.
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
 
     def __init__(
         self,
-        input_size: int | tuple[int, int] = 224,
-        scale: tuple[float, float] = (0.08, 1.0),
-        hflip_prob: float = 0.5,
-        mean: tuple[float, ...] = NEPA_MEAN,
-        std: tuple[float, ...] = NEPA_STD,
+        input_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224,
+        scale: Scale = (0.08, 1.0),
+        hflip_prob: Fraction = 0.5,
+        mean: tuple[Finite, ...] = NEPA_MEAN,
+        std: tuple[PositiveFloat, ...] = NEPA_STD,
     ) -> None:
+        check_ranges(NEPATransform, dict(locals()))
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.transform = T.Compose(
             [
@@ -49,10 +65,10 @@ class NEPATransform:
 
 
 def eval_transform(
-    input_size: int | tuple[int, int] = 224,
-    crop_pct: float = 0.875,
-    mean: tuple[float, ...] = NEPA_MEAN,
-    std: tuple[float, ...] = NEPA_STD,
+    input_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224,
+    crop_pct: PositiveFraction = 0.875,
+    mean: tuple[Finite, ...] = NEPA_MEAN,
+    std: tuple[PositiveFloat, ...] = NEPA_STD,
 ) -> Callable[[Image.Image], Tensor]:
     """Return the evaluation transform: resize the shorter side, centre crop, normalise.
 
@@ -64,7 +80,11 @@ def eval_transform(
 
     Returns:
         A function from a PIL image to a tensor (3, H, W).
+
+    Raises:
+        ValueError: If a number is out of its range.
     """
+    check_hints(get_type_hints(eval_transform, include_extras=True), dict(locals()))
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     resize = round(max(size) / crop_pct)
     return T.Compose(

@@ -16,6 +16,7 @@ from nepa_plugin.evaluation.features import FrozenFeatures, frozen
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.scoring import accuracies, score, scores
+from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Scale, check_ranges
 
 
 @dataclass
@@ -41,18 +42,21 @@ class AttentiveOptions:
     """
 
     depth: str | None = None
-    num_heads: int | None = None
+    num_heads: PositiveInt | None = None
     position_embedding: bool = False
     mlp: bool = True
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup_fraction: float = 0.1
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_fraction: Fraction = 0.1
     augment: bool = False
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    hflip_prob: float = 0.5
-    max_token_gb: float = 1.0
+    crop_scale: Scale = (0.3, 1.0)
+    hflip_prob: Fraction = 0.5
+    max_token_gb: NonNegativeFloat = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self), "attentive.")
 
 
 class AttentivePool(nn.Module):

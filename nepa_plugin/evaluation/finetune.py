@@ -22,6 +22,16 @@ from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.scoring import accuracies, score, scores
 from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.averaging import FusedEMA
+from nepa_plugin.runtime.ranges import (
+    Fraction,
+    FractionBelowOne,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Scale,
+    check_ranges,
+)
 
 
 @dataclass
@@ -56,30 +66,46 @@ class FinetuneOptions:
         label_smoothing: Label smoothing.
     """
 
-    epochs: int = 100
-    batch_size: int = 1024
-    accumulate: int = 1
-    lr: float = 1.5e-3
-    head_lr: float | None = 1e-3
-    layer_decay: float = 0.65
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup_fraction: float = 0.2
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 1024
+    accumulate: PositiveInt = 1
+    lr: PositiveFloat = 1.5e-3
+    head_lr: PositiveFloat | None = 1e-3
+    layer_decay: PositiveFraction = 0.65
+    weight_decay: NonNegativeFloat = 0.05
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
+    warmup_fraction: Fraction = 0.2
     layer_warmup: bool = True
-    drop_path_rate: float = 0.1
-    ema_decay: float = 0.9999
-    clip_grad_norm: float = 1.0
+    drop_path_rate: FractionBelowOne = 0.1
+    ema_decay: FractionBelowOne = 0.9999
+    clip_grad_norm: NonNegativeFloat = 1.0
     freeze_patch_embed: bool = True
     attention: Literal["causal", "bidirectional"] | None = None
     auto_augment: str = "rand-m9-mstd0.5-inc1"
-    random_erasing: float = 0.25
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    hflip_prob: float = 0.5
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mixup_switch_prob: float = 0.5
-    label_smoothing: float = 0.1
+    random_erasing: Fraction = 0.25
+    crop_scale: Scale = (0.08, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
+    hflip_prob: Fraction = 0.5
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    mixup_switch_prob: Fraction = 0.5
+    label_smoothing: FractionBelowOne = 0.1
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self), "finetune.")
+        if self.crop_ratio[0] > self.crop_ratio[1]:
+            raise ValueError(f"finetune.crop_ratio must be in order, got {list(self.crop_ratio)}.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"finetune.accumulate {self.accumulate} does not divide finetune.batch_size {self.batch_size}."
+            )
+        try:
+            create_transform(32, is_training=True, auto_augment=self.auto_augment or None)
+        except Exception as error:  # timm asserts, looks up and converts what the name holds
+            raise ValueError(
+                f"finetune.auto_augment {self.auto_augment!r} is none of timm's policies; the published one is "
+                "rand-m9-mstd0.5-inc1, and '' is none."
+            ) from error
 
     def transform(self, form: ImageFormat) -> Any:
         """Return the training augmentation, timm's."""

@@ -1,9 +1,16 @@
 """k-nearest-neighbour accuracy of features, with lightly's classifier."""
 
+from typing import Annotated
+
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from nepa_plugin.runtime.ranges import PositiveInt, Range, check_hints
+
+#: Of kNN's votes. A neighbour's is exp(cosine / temperature), which float32 cannot hold below it.
+Temperature = Annotated[float, Range(0.0125)]
 
 
 def check_labels(train_labels: Tensor, val_labels: Tensor) -> int:
@@ -45,8 +52,9 @@ def knn_accuracy(
         Per cent.
 
     Raises:
-        ValueError: If k exceeds N, or the labels cannot be scored.
+        ValueError: If k is not from 1 to N, the temperature is too low, or the labels cannot be scored.
     """
+    check_hints({"k": PositiveInt, "temperature": Temperature}, {"k": k, "temperature": temperature})
     if k > len(train_features):
         raise ValueError(f"k = {k} neighbours, but only {len(train_features)} training images.")
     num_classes = check_labels(train_labels, val_labels)

@@ -16,6 +16,16 @@ from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process
 from nepa_plugin.evaluation.knn import check_labels
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.scoring import accuracies, score, scores
+from nepa_plugin.runtime.ranges import (
+    Fraction,
+    FractionBelowOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Scale,
+    check_ranges,
+)
 
 
 @dataclass
@@ -41,16 +51,21 @@ class LinearOptions:
     """
 
     solver: Literal["auto", "sgd", "logistic"] = "auto"
-    logistic_limit: int = 50_000
-    C: float = 1.0
-    epochs: int = 90
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 256
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    hflip_prob: float = 0.5
+    logistic_limit: NonNegativeInt = 50_000
+    C: PositiveFloat = 1.0
+    epochs: PositiveInt = 90
+    lr: PositiveFloat = 0.1
+    momentum: FractionBelowOne = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+    batch_size: PositiveInt = 256
+    crop_scale: Scale = (0.08, 1.0)
+    hflip_prob: Fraction = 0.5
     batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self), "linear.")
+        if self.solver not in ("auto", "sgd", "logistic"):
+            raise ValueError(f"linear.solver must be auto, sgd or logistic, got {self.solver!r}.")
 
     def choose(self, num_images: int) -> Literal["sgd", "logistic"]:
         """Return the solver for so many training images."""

@@ -1,12 +1,17 @@
 """Options of an evaluation."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.evaluation.attentive import AttentiveOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
+from nepa_plugin.evaluation.knn import Temperature
 from nepa_plugin.evaluation.linear import LinearOptions
+from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, Range, check_ranges
+
+#: What torch, NumPy and Lightning take for a seed.
+Seed = Annotated[int, Range(0, 2**32 - 1)]
 
 
 @dataclass
@@ -37,23 +42,26 @@ class EvaluationOptions:
         finetune: Fine-tuning.
     """
 
-    k: int = 20
-    temperature: float = 0.1
+    k: PositiveInt = 20
+    temperature: Temperature = 0.1
     depth: str = "final norm"
     pool: Literal["class", "last", "mean"] = "mean"
-    concat: int = 4
+    concat: PositiveInt = 4
     floor: bool = False
     untrained: bool = False
     model_args: dict[str, Any] = field(default_factory=dict)
-    crop_pct: float | None = None
-    max_image_pixels: int = MAX_PIXELS
-    batch_size: int = 256
-    num_workers: int | None = None
+    crop_pct: PositiveFraction | None = None
+    max_image_pixels: PositiveInt = MAX_PIXELS
+    batch_size: PositiveInt = 256
+    num_workers: NonNegativeInt | None = None
     accelerator: str = "auto"
     devices: int | str = 1
-    seed: int = 0
+    seed: Seed = 0
     cache: bool = True
     progress: bool = False
     linear: LinearOptions = field(default_factory=LinearOptions)
     attentive: AttentiveOptions = field(default_factory=AttentiveOptions)
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+
+    def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self))

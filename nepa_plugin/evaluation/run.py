@@ -39,6 +39,7 @@ from nepa_plugin.evaluation.processes import Runtime, environment, find_devices,
 from nepa_plugin.evaluation.readout import readout, readout_figure
 from nepa_plugin.evaluation.results import check_same_data, read_results, readout_rows, write_results
 from nepa_plugin.predictor import NepaViT
+from nepa_plugin.runtime.places import check_folder
 
 PROTOCOLS = ("knn", "linear", "attentive", "finetune", "readout")
 Pair = tuple[str, str]  # depth and pooling
@@ -75,6 +76,9 @@ def evaluate(
     """
     options = options or EvaluationOptions()
     images = check_evaluation(data, protocols, options)
+    if out is not None:
+        check_folder(out)
+        read_results(out)
     runtime = launch(options.accelerator, options.devices, options.progress)
     model = open_backbone(source, options.model_args, options.untrained, options.seed)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)

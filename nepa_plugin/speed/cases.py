@@ -15,6 +15,7 @@ from torch import nn
 from nepa_plugin import methods
 from nepa_plugin.methods import Method
 from nepa_plugin.models import MODEL_SIZES
+from nepa_plugin.runtime.ranges import PositiveInt, check_ranges
 
 #: The contender that is no method: timm's own ``Eva`` of the same size in a bare PyTorch loop.
 PLAIN = "timm"
@@ -47,25 +48,24 @@ class Case:
 
     contender: str = "nepa"
     model: str = "base"
-    img_size: int = 224
-    patch_size: int = 14
-    batch_size: int = 64
+    img_size: PositiveInt = 224
+    patch_size: PositiveInt = 14
+    batch_size: PositiveInt = 64
     precision: str = "bf16-mixed"
     compiled: bool = False
     attention: str = "causal"
-    depth: int | None = None
+    depth: PositiveInt | None = None
     grad_checkpointing: bool = False
     pipeline: str = "pil"
 
     def __post_init__(self) -> None:
+        check_ranges(type(self), vars(self))
         if self.contender not in (*NAMES, PLAIN):
             raise ValueError(f"No method {self.contender!r} to time: choose from {', '.join([*NAMES, PLAIN])}.")
         if self.model not in MODEL_SIZES:
             raise ValueError(f"model={self.model!r} is none of {', '.join(MODEL_SIZES)}.")
         if self.img_size % self.patch_size:
             raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}.")
-        if min(self.batch_size, self.img_size, self.depth or 1) < 1:
-            raise ValueError("batch_size, img_size and depth must be positive.")
         if self.precision not in ("32-true", "bf16-mixed", "16-mixed"):
             raise ValueError(f"precision={self.precision!r} is none of 32-true, bf16-mixed, 16-mixed.")
 

@@ -21,6 +21,7 @@ from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
 from nepa_plugin.runtime.provenance import provenance
+from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveInt, check_ranges
 from nepa_plugin.speed.cases import PLAIN, Case
 from nepa_plugin.speed.clock import PHASES, ClockCallback, LastMark, PeakMemory, StepClock, TimedLoss, median_phases
 from nepa_plugin.speed.flops import matrix_peak, vit_training_flops
@@ -40,17 +41,16 @@ class Options:
         num_workers: Loader processes for the folder.
     """
 
-    steps: int = 20
-    warmup: int = 3
-    rounds: int = 3
+    steps: PositiveInt = 20
+    warmup: PositiveInt = 3
+    rounds: PositiveInt = 3
     accelerator: str = "auto"
-    devices: int = 1
+    devices: PositiveInt = 1
     data: str = "random"
-    num_workers: int | None = None
+    num_workers: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.warmup, self.rounds, self.devices) < 1:
-            raise ValueError("steps, warmup, rounds and devices must be positive.")
+        check_ranges(type(self), vars(self))
 
 
 class RandomViews(LightningDataModule):

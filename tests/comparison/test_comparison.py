@@ -137,8 +137,9 @@ def test_the_command(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(what.out), "--", *FAST])
     with pytest.raises(SystemExit) as status:
         runpy.run_path(str(ROOT / "tools" / "compare.py"), run_name="__main__")
-    assert "broken, seed 0: training ended" in str(status.value)
-    assert "nepa_digits" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert status.value.code == 1 and "error: broken, seed 0: training ended" in printed.err
+    assert "nepa_digits" in printed.out
     knn = json.loads((what.out / "nepa_digits/seed0/evaluation/results.json").read_text())["protocols"]["knn"]["top1"]
     markdown = (what.out / "report.md").read_text()
     assert re.search(rf"\| nepa_digits \| 1 \| {knn:.1f} \|", markdown)

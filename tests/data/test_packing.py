@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from photos import photo_folder
+from refusal import refusal
 
 from nepa_plugin.data.files import find_bad_images
 from nepa_plugin.data.packing import make_shards
@@ -63,13 +64,12 @@ def test_the_command_packs_and_refuses_to_overwrite(folder, tmp_path, monkeypatc
     tool(monkeypatch, folder, tmp_path / "shards", "--images_per_shard", 6)
     assert "20 images in 4 shard(s), 2 classes" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
-    with pytest.raises(SystemExit, match=r"error: .*shards exists\. Choose another folder"):
-        tool(monkeypatch, folder, tmp_path / "shards")
+    assert "shards exists. Choose another folder" in refusal(capsys, tool, monkeypatch, folder, tmp_path / "shards")
     assert {path: path.read_bytes() for path in (tmp_path / "shards").iterdir()} == before
-    with pytest.raises(SystemExit, match="error: make_shards: no folder at"):
-        tool(monkeypatch, tmp_path / "nothing", tmp_path / "new")
-    with pytest.raises(SystemExit, match="images_per_shard must be positive"):
-        tool(monkeypatch, folder, tmp_path / "new", "--images_per_shard", 0)
+    new = tmp_path / "new"
+    assert "error: make_shards: no folder at" in refusal(capsys, tool, monkeypatch, tmp_path / "nothing", new)
+    said = refusal(capsys, tool, monkeypatch, folder, new, "--images_per_shard", 0)
+    assert said == "error: images_per_shard must be at least 1, got 0."
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
@@ -106,5 +106,5 @@ def test_the_index_of_shards_that_something_else_made(folder, tmp_path, monkeypa
     assert "20 images in 3 shard(s), 0 classes" in capsys.readouterr().out
     assert json.loads((tmp_path / "shards" / "index.json").read_text()) == index | {"classes": []}
     assert len(open_shards(pattern)) == 20
-    with pytest.raises(SystemExit, match=r"index\.json exists"):
-        tool(monkeypatch, "--index", pattern, tmp_path / "shards" / "index.json")
+    index = tmp_path / "shards" / "index.json"
+    assert "index.json exists" in refusal(capsys, tool, monkeypatch, "--index", pattern, index)

@@ -247,7 +247,7 @@ def test_more_readers_than_shards(packed):
 def test_options_that_contradict_each_other(packed, tmp_path):
     with pytest.raises(DataError, match="both set"):
         ImageData(train_dir=str(packed), train_shards=str(packed))
-    with pytest.raises(DataError, match="shuffle_buffer must be positive"):
+    with pytest.raises(DataError, match="shuffle_buffer must be at least 1, got 0"):
         ImageData(train_shards=str(packed), shuffle_buffer=0)
     (photo_folder(tmp_path / "val", 4) / "b").rename(tmp_path / "val" / "c")
     with pytest.raises(DataError, match=r"val_dir has other classes than data\.train_shards: b, c only"):
