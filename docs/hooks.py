@@ -61,7 +61,10 @@ class SphinxRoles(griffe.Extension):
 
         def link(match: re.Match[str]) -> str:
             short, name = match.groups()
-            target = name if name.startswith("nepa_plugin.") or scope is None else scope.resolve(name)
+            if name.startswith("."):  # of the same room
+                target = obj.package.path + "." + obj.path.split(".")[1] + name
+            else:
+                target = name if name.startswith("nepa_plugin.") or scope is None else scope.resolve(name)
             return f"[`{name.rsplit('.', 1)[-1] if short else name}`][{target}]"
 
         obj.docstring.value = ROLE.sub(link, obj.docstring.value)
