@@ -155,7 +155,7 @@ def table() -> str:
     for floor in reversed(FLOORS):
         for name in (name for name in BOXES if name in floor):
             below = sorted((pair[1] for pair in arrows() if pair[0] == name), key=lambda other: (-FLOOR[other], other))
-            lines.append(f"| `{name}` | {first_sentence(name)} | {', '.join(below)} |")
+            lines.append(f"| **{name}** | {first_sentence(name)} | {', '.join(below)} |")
     return "\n".join(lines)
 
 
