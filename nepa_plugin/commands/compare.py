@@ -7,7 +7,10 @@ nepa compare runs/a runs/b --data /data/images            # finished runs; the f
 What follows `--` goes to `nepa pretrain` for every config. A comparison that was stopped goes on where it was.
 """
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +20,19 @@ from nepa_plugin.commands.naming import command_line, command_parser
 from nepa_plugin.comparison import Comparison, compare
 from nepa_plugin.comparison.report import accuracy_table, failures, write_report
 from nepa_plugin.evaluation import EvaluationOptions
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the block as an exit does, which ends its trainings, too."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -45,7 +61,8 @@ def main(args: list[str] | None = None) -> None:
         options = EvaluationOptions(k=given.k)
         protocols = [name.strip() for name in given.evaluate.split(",") if name.strip()]
         what = Comparison(given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs)
-        runs = compare(what)
+        with _ended_by_signals():
+            runs = compare(what)
         write_report(runs, given.out, command_line("compare", args), given.title)
         console = Console(width=140, markup=False)
         console.print(accuracy_table(runs).as_rich())

@@ -5,36 +5,54 @@ evaluation in ``evaluation/``; ``OUT/untrained/...`` are the same backbones with
 """
 
 import contextlib
+import csv
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
+from jsonargparse import get_loader
 from rich.console import Console
 
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
+from nepa_plugin.comparison.child import PARENT
 from nepa_plugin.data.evaluation import evaluation_folders, evaluation_images
 from nepa_plugin.data.files import content_fingerprint, fingerprint
+from nepa_plugin.data.module import ImageData
 from nepa_plugin.evaluation import EvaluationOptions, check_evaluation, evaluate, read_results
 from nepa_plugin.evaluation.options import Seed
 from nepa_plugin.evaluation.results import put_aside
+from nepa_plugin.runtime.boundary import in_words
 from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.places import check_folder
-from nepa_plugin.runtime.ranges import PositiveInt, check_hints
-from nepa_plugin.runtime.reading import read_json, read_yaml_text
+from nepa_plugin.runtime.ranges import PositiveInt, check_hints, check_ranges
+from nepa_plugin.runtime.reading import FileContentError, read_json, read_yaml_text
 from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
 
 SUMMARY, REQUEST = "summary.json", "request.json"
+#: What the report reads of a run's summary, and of which type it is.
+SUMMARY_TYPES: dict[str, Any] = (
+    dict.fromkeys(("train_fingerprint", "backbone_class", "attention", "exported", "devices", "precision"), str)
+    | dict.fromkeys(("backbone", "hardware", "versions"), dict)
+    | dict.fromkeys(("seed", "train_images", "global_batch_size", "images_seen", "backbone_parameters"), int)
+    | dict.fromkeys(
+        ("epochs", "seconds", "peak_memory_bytes", "views", "encoder_passes", "encoder_tokens"), (int, float)
+    )
+    | dict.fromkeys(("gflops", "discarded_parameters"), (int, float))
+    | {"train_dir": (str, type(None)), "images_per_second": (int, float, type(None))}
+)
 
 
 class ComparisonError(ValueError):
@@ -69,6 +87,10 @@ class Run:
     def trained(self) -> bool:
         """Whether there is a pretraining run behind it."""
         return bool(self.summary)
+
+
+#: Seconds that a training has for its last checkpoint when the comparison is ended.
+SECONDS_TO_END = 60
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,40 @@ class Comparison:
 Say = Callable[[str], None]
 
 
+class Trainings:
+    """The processes that train now, so that they can be ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._ended = False
+
+    def run(self, command: list[str], **kwargs: Any) -> int:
+        """Start a process, wait for it and return its status; once all are ended, start none."""
+        with self._lock:
+            if self._ended:
+                return 143
+            process = subprocess.Popen(command, **kwargs)
+            self._running.add(process)
+        status = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return status
+
+    def end(self) -> None:
+        """End what is running: by SIGTERM, on which a training saves what it has, and if that takes long by SIGKILL."""
+        with self._lock:
+            self._ended = True
+            running = list(self._running)
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
 def compare(what: Comparison, say: Say | None = None) -> list[Run]:
     """Train what is not trained yet, evaluate what is not evaluated yet, and return all rows.
 
@@ -126,8 +182,9 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
     planned = _plan(what)
     runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
     pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for the processes that train
+    processes = Trainings()
     trainings = [
-        pool.submit(_train, run, what.arguments(config, run.seed), place, say, what.jobs) if config else None
+        pool.submit(_train, run, what.arguments(config, run.seed), place, say, what.jobs, processes) if config else None
         for (run, config), place in zip(planned, places, strict=True)
     ]
     try:
@@ -135,13 +192,19 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
             if training is not None:
                 training.result()
             if run.error is None:
-                _load(run)
+                try:
+                    _load(run)
+                except (ValueError, OSError) as error:
+                    run.error = in_words(error)
+            if run.error is None:
                 _evaluate(run, what, place, say)
             if run.error is not None:
                 say(f"{place}FAILED: {run.error}")
             runs.append(run)
-    finally:  # after Ctrl-C, what has not begun must not begin
-        pool.shutdown(cancel_futures=True)
+    finally:  # after Ctrl-C, what has not begun must not begin, and what has must end
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes.end()
+        pool.shutdown()
     for run in _untrained(runs, what):
         _evaluate(run, what, f"{run.name}, seed {run.seed}: ", say)
         runs.append(run)
@@ -166,12 +229,14 @@ def _plan(what: Comparison) -> list[tuple[Run, Path | None]]:
             planned.append((_finished(source, data, what), None))
             continue
         read_config(source)
-        problem = _parse(what.arguments(source, what.seeds[0]))
+        problem = _problem(what.arguments(source, what.seeds[0]))
         if problem:
             raise ComparisonError(f"{source}: {problem}")
         for seed in what.seeds:
             run = Run(source.stem, seed, what.out / folder_name(source.stem) / f"seed{seed}")
             _check_request(run, what.arguments(source, seed))
+            if (run.folder / SUMMARY).is_file():
+                _check_images(run, data, what)
             planned.append((run, source))
     names = [(run.name, run.seed) for run, _ in planned]
     twice = {name for name in names if names.count(name) > 1}
@@ -187,29 +252,51 @@ def _finished(folder: Path, data: str, what: Comparison) -> Run:
             f"{folder} is no finished run: it has no {SUMMARY} beside a backbone/. Finish it with --ckpt_path last, or "
             "give its config instead."
         )
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = read_summary(folder)
     if summary["train_fingerprint"] != data:
         raise ComparisonError(
             f"{folder} was trained on other images ({summary['train_images']} in {summary['train_dir']}) than those of "
             f"--data {what.data}: leave it out, or compare on its own data."
         )
     name = folder.resolve().parent.name if folder.name == f"seed{summary['seed']}" else folder.resolve().name
-    return Run(name, int(summary["seed"]), folder)
+    run = Run(name, int(summary["seed"]), folder)
+    _load(run)
+    return run
 
 
-def _parse(arguments: list[str]) -> str | None:
-    """Return what is wrong with the arguments of a pretraining run, if anything is."""
-    from nepa_plugin.training.cli import base_config, main
+def _check_images(run: Run, data: str, what: Comparison) -> None:
+    """Refuse a run that was trained on images that have changed since."""
+    _load(run)
+    own = what.data == "digits" or any(argument.startswith("--data.") for argument in what.overrides)
+    if not own and run.summary["train_fingerprint"] != data:
+        raise ComparisonError(
+            f"{run.folder} was trained on other images than those that are in {what.data} now: choose another --out, "
+            f"or delete that folder and {run.folder.name}.{REQUEST} to train it again."
+        )
+
+
+def _problem(arguments: list[str]) -> str | None:
+    """Return what is wrong with the arguments of a pretraining run, if anything is: names, types and ranges."""
+    from nepa_plugin.training.cli import RANGES, base_config, main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([*arguments, "--print_config"], base_config())
         except SystemExit as status:
-            if status.code == 0:
-                return None
-    lines = err.getvalue().strip().splitlines() or ["cannot be parsed"]
-    return lines[-1].removeprefix("error: ")
+            if status.code:
+                lines = err.getvalue().strip().splitlines() or ["cannot be parsed"]
+                return lines[-1].removeprefix("error: ")
+    config = get_loader("yaml")(out.getvalue())
+    model, data = config["model"], config["data"]
+    flat = config | {f"{group}.{key}": value for group in ("trainer", "data") for key, value in config[group].items()}
+    try:
+        check_hints(RANGES, {name: flat.get(name) for name in RANGES})
+        check_ranges(resolve_name(model["class_path"]), model["init_args"], "model.")
+        check_ranges(ImageData, data, "data.")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _request(run: Run, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -225,7 +312,8 @@ def _check_request(run: Run, arguments: list[str]) -> None:
         if run.folder.exists():
             raise ComparisonError(f"{run.folder} is not part of a comparison: choose another --out.")
         return
-    if json.loads(path.read_text()) != wanted:
+    remedy = f"Choose another --out, or delete it and {run.folder} to train that run again."
+    if read_json(path, {"arguments": list, "config": dict}, remedy) != wanted:
         raise ComparisonError(
             f"{run.folder} was trained with another config or other options than now: choose another --out, or delete "
             f"that folder and {path.name} to train it again."
@@ -235,7 +323,7 @@ def _check_request(run: Run, arguments: list[str]) -> None:
 # -- training and evaluation -------------------------------------------------------------------------------------------
 
 
-def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int) -> None:
+def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int, processes: "Trainings") -> None:
     if (run.folder / SUMMARY).is_file():
         say(f"{place}trained already")
         return
@@ -244,24 +332,65 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int) -> N
     log = run.folder.parent / f"{run.folder.name}.log"
     # A process of its own: its peak memory and time are its own, and its end is not that of the comparison.
     # A module and not -c, so that Lightning can start it again for each further device.
-    command = [sys.executable, "-m", "nepa_plugin.training.cli", *arguments]
+    command = [sys.executable, "-m", "nepa_plugin.comparison.child", *arguments]
     command += ["--run_dir", str(run.folder), "--ckpt_path", "auto"]
-    environment = dict(os.environ)
+    environment = os.environ | {PARENT: str(os.getpid())}
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     with log.open("a") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        status = processes.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     if status or not (run.folder / SUMMARY).is_file():
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         run.error = f"training ended with status {status}: {lines[-1] if lines else ''} (see {log})"
 
 
 def _load(run: Run) -> None:
-    run.summary = json.loads((run.folder / SUMMARY).read_text())
+    run.summary = read_summary(run.folder)
     configs = sorted(run.folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
-    run.config = yaml.safe_load(read_yaml_text(configs[-1])) if configs else {}
-    if (run.folder / "metrics.csv").is_file():
-        run.curves = read_metrics(run.folder / "metrics.csv")
+    run.config = _read_config(configs[-1]) if configs else {}
+    if (metrics := run.folder / "metrics.csv").is_file():
+        try:
+            run.curves = read_metrics(metrics)
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            raise FileContentError(f"{metrics} is damaged: {error}. Delete it, and the curves are left out.") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return what a run was trained with; of its method, what the report looks at is checked."""
+    try:
+        config = yaml.safe_load(read_yaml_text(path))
+    except (yaml.YAMLError, ValueError) as error:
+        raise FileContentError(f"{path} is damaged: {error} Delete it, and the report goes without it.") from error
+    groups = config, *(_get(config, *keys) for keys in (("model",), ("model", "init_args")))
+    if not all(isinstance(group, dict) for group in groups):
+        raise FileContentError(
+            f"{path} is damaged: it holds no model.init_args. Delete it, and the report goes without it."
+        )
+    return dict(config)
+
+
+def _get(config: Any, *keys: str) -> Any:
+    for key in keys:
+        config = config.get(key, {}) if isinstance(config, dict) else None
+    return config
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return what a finished run says of itself.
+
+    Raises:
+        FileContentError: If the file is damaged, or lacks something that the report needs.
+    """
+    path, remedy = folder / SUMMARY, "Leave the run out, or train it again."
+    summary = read_json(path, SUMMARY_TYPES, remedy)
+    for group, key, kind in (
+        ("backbone", "architecture", str),
+        ("hardware", "threads", int),
+        ("hardware", "gpus", list),
+    ):
+        if not isinstance(summary[group].get(key), kind):
+            raise FileContentError(f"{path} is damaged: its {group!r} has no {key!r}. {remedy}")
+    return summary
 
 
 def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:

@@ -7,7 +7,7 @@ from nepa_plugin.segmentation import compat as compat  # first: mmsegmentation n
 from nepa_plugin.segmentation.amp import BFloat16OptimWrapper
 from nepa_plugin.segmentation.backbone import TimmViT
 from nepa_plugin.segmentation.datasets import ADE20K, CamVid, DigitScenes, SegmentationFolder
-from nepa_plugin.segmentation.errors import ConfigError, DatasetError, print_bad_input_in_one_line
+from nepa_plugin.segmentation.errors import ConfigError, DatasetError, DivergenceError, print_bad_input_in_one_line
 from nepa_plugin.segmentation.hooks import BatchSizeHook, CheckpointGuardHook, ClassCountHook
 from nepa_plugin.segmentation.layer_decay import LayerDecayConstructor
 
@@ -21,6 +21,7 @@ __all__ = [
     "ConfigError",
     "DatasetError",
     "DigitScenes",
+    "DivergenceError",
     "LayerDecayConstructor",
     "SegmentationFolder",
     "TimmViT",

@@ -20,6 +20,10 @@ class DatasetError(ValueError):
     """The dataset cannot be used as configured; the message names the folder, file or key and says what to do."""
 
 
+class DivergenceError(RuntimeError):
+    """Training has left the finite numbers; the message says when, and what to try."""
+
+
 def is_bad_input(error: BaseException, traceback: TracebackType | None) -> bool:
     """Tell an error that was raised on purpose, about the input, from a failure.
 
@@ -31,7 +35,7 @@ def is_bad_input(error: BaseException, traceback: TracebackType | None) -> bool:
         Whether it is one of this package's errors, a file that this package did not find or would not overwrite, or
         an unknown ``type`` or argument in a config.
     """
-    if isinstance(error, (CheckpointError, ConfigError, DatasetError)):
+    if isinstance(error, (CheckpointError, ConfigError, DatasetError, DivergenceError)):
         return True
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

@@ -1,5 +1,6 @@
 """Hooks that stop a run that would train or test something else than what was asked for."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,41 @@ from mmengine.runner import BaseLoop
 
 from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, backbone_config, check_fit
 from nepa_plugin.segmentation.backbone import TimmViT
-from nepa_plugin.segmentation.errors import ConfigError
+from nepa_plugin.segmentation.errors import ConfigError, DivergenceError
+from nepa_plugin.segmentation.saving import holds_run, newest_whole_checkpoint, write_whole_files
 from nepa_plugin.segmentation.schedules import check_end_of_schedule, follow_config
 
 
 @HOOKS.register_module()
 class CheckpointGuardHook(Hook):
-    """Makes checkpoints complete, and loads them completely or not at all.
+    """Makes checkpoints complete, and loads them completely or not at all; ends a run that diverges.
 
-    A resumed run follows the schedule of the config in force, see :func:`~.schedules.follow_config`.
-    Written checkpoints also say how their backbone is built, so that ``load_backbone("iter_N.pth")`` can read it.
-    mmengine itself warns of keys that do not fit and goes on with random weights.
+    Checkpoints are written whole or not at all, see :class:`~.saving.WholeFileBackend`, hold finite weights, and say
+    how their backbone is built, so that ``load_backbone("iter_N.pth")`` can read them. mmengine itself warns of keys
+    that do not fit and goes on with random weights. A resumed run follows the schedule of the config in force, see
+    :func:`~.schedules.follow_config`; where the last checkpoint is damaged, the newest that is whole is taken.
+
+    Args:
+        tolerate: Steps in a row whose loss may be not finite. More than 0 is for float16, whose loss scaling leaves out
+            such steps; elsewhere the weights are lost with the first.
     """
 
     priority = "VERY_HIGH"
+
+    def __init__(self, tolerate: int = 0) -> None:
+        self.tolerate, self._in_a_row = tolerate, 0
+
+    def before_run(self, runner: Any) -> None:
+        """Choose the checkpoint to resume from, before mmengine does.
+
+        Raises:
+            CheckpointError: If there are some and all are damaged.
+        """
+        if not isinstance(runner._train_loop, BaseLoop):
+            return
+        write_whole_files(runner)
+        if runner._resume and runner._load_from is None:
+            runner._load_from = newest_whole_checkpoint(runner.work_dir, runner.logger)
 
     def before_train(self, runner: Any) -> None:
         """Stop before a new run overwrites the checkpoints of another one, or trains at a learning rate of zero.
@@ -33,14 +55,38 @@ class CheckpointGuardHook(Hook):
             ConfigError: If the schedule ends at zero before the run does.
         """
         check_end_of_schedule(runner)
-        if (Path(runner.work_dir) / "last_checkpoint").is_file() and not runner._resume:
+        if holds_run(runner.work_dir) and not runner._resume:
             raise FileExistsError(
                 f"{runner.work_dir} holds the checkpoints of another run. Add --resume to go on with it, or choose "
                 "another --work-dir."
             )
 
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Look at the loss, which mmengine has read from the device for its log.
+
+        Raises:
+            DivergenceError: If it is not finite, more often in a row than is tolerated.
+        """
+        scalars = runner.message_hub.log_scalars
+        if (key := "train/loss") not in scalars:
+            return
+        loss = scalars[key].current()
+        self._in_a_row = 0 if math.isfinite(loss) else self._in_a_row + 1
+        if self._in_a_row > self.tolerate:
+            raise DivergenceError(f"The loss is {loss} at step {runner.iter + 1}. {_after_divergence(runner)}")
+
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Add the timm config of the model's :class:`TimmViT`."""
+        """Add the timm config of the model's :class:`TimmViT`.
+
+        Raises:
+            DivergenceError: If a weight is not finite. Nothing is written.
+        """
+        weights = checkpoint["state_dict"].items()
+        if infinite := [k for k, v in weights if v.is_floating_point() and not v.isfinite().all()]:
+            raise DivergenceError(
+                f"{len(infinite)} weights, such as {infinite[0]}, are not finite at step {checkpoint['meta']['iter']}; "
+                f"they are not saved. {_after_divergence(runner)}"
+            )
         if isinstance(backbone := getattr(unwrapped(runner.model), "backbone", None), TimmViT):
             checkpoint[BACKBONE_CONFIG_KEY] = backbone_config(backbone.vit)
 
@@ -54,6 +100,16 @@ class CheckpointGuardHook(Hook):
         check_segmentor(unwrapped(runner.model), checkpoint, str(runner._load_from or "the checkpoint"))
         if runner._resume and isinstance(runner._train_loop, BaseLoop):
             follow_config(runner, checkpoint)
+
+
+def _after_divergence(runner: Any) -> str:
+    rate = max(group["lr"] for group in runner.optim_wrapper.param_groups)
+    last = Path(runner.work_dir) / "last_checkpoint"
+    kept = f"{last.read_text().strip()} has finite weights: add --resume. " if last.is_file() else ""
+    return (
+        f"{kept}Lower optim_wrapper.optimizer.lr (the step's is {rate:.3g}), lengthen the warm-up, or clip the "
+        "gradient: optim_wrapper.clip_grad.max_norm=1."
+    )
 
 
 def unwrapped(model: Any) -> Any:

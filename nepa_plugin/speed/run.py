@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from nepa_plugin.data.digits import digit_images
+from nepa_plugin.data.files import image_folder
 from nepa_plugin.data.module import ImageData
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
@@ -223,6 +224,8 @@ def benchmark(
         raise ValueError(
             "The plain timm step is timed on one device and random images: leave out --devices and --data."
         )
+    if options.data != "random":
+        image_folder(options.data)  # before anything is measured
     if any(case.compiled for case in chosen):
         check_compiler(device.type)
     flops: dict[Case, float] = {}

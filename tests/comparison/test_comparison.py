@@ -61,7 +61,11 @@ def finished(tmp_path_factory):
     """A comparison of two methods and a config that cannot train, with one seed each."""
     root = tmp_path_factory.mktemp("comparison")
     shutil.copytree(CONFIGS, root / "configs")
-    broken = (root / "configs" / "nepa_digits.yaml").read_text().replace("base_lr", "drop_path_rate: 2.0\n    base_lr")
+    broken = (
+        (root / "configs" / "nepa_digits.yaml")
+        .read_text()
+        .replace("base_lr", "backbone_args: {num_heads: 5}\n    base_lr")
+    )
     (root / "configs" / "broken.yaml").write_text(broken)  # parses, and fails when the backbone is built
     sources = [root / "configs" / f"{name}.yaml" for name in ("nepa_digits", "broken", "simclr_digits")]
     what = comparison(root, *sources, protocols=["knn", "linear", "readout"], jobs=2)
