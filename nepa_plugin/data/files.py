@@ -17,11 +17,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.data.cache import cache_dir, private_folder
 from nepa_plugin.data.errors import DataError
+from nepa_plugin.data.extensions import IMAGE_EXTENSIONS
 from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.reading import read_json
 
 #: What a file's name must end with, in capitals or not, to be taken for an image; lightly's and torchvision's own list.
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 #: A file of such a name makes lightly look for videos alone.
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".avi", ".mpg", ".hevc", ".m4v", ".webm", ".mpeg")
 #: The most pixels that an image may have by default: Pillow's own bound, which a small file can exceed on purpose.

@@ -13,11 +13,11 @@ from mmseg.apis import inference_model, init_model
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from nepa_plugin.checkpoints import read_tensors
-from nepa_plugin.segmentation.datasets import VOID, read_label_map
+from nepa_plugin.segmentation.datasets import VOID, read_label_map, shown_size
 from nepa_plugin.segmentation.errors import ConfigError, DatasetError
 from nepa_plugin.segmentation.hooks import check_segmentor
 
@@ -67,15 +67,16 @@ def check_image(path: str | Path) -> tuple[int, int]:
         path: The file.
 
     Returns:
-        Height and width in pixels.
+        Height and width in pixels, as the image is shown.
 
     Raises:
         DatasetError: If it is none.
     """
     try:
         with Image.open(path) as image:
-            size = image.size
             image.verify()
+        with Image.open(path) as image:  # after that it must be opened anew
+            size = shown_size(image)
     except (OSError, SyntaxError) as error:
         raise DatasetError(f"{path} cannot be read as an image: {error}") from error
     return size[1], size[0]
@@ -187,7 +188,7 @@ def plot_segmentation(
     from matplotlib.patches import Patch
 
     with Image.open(image) as opened:
-        pixels = np.asarray(opened.convert("RGB"))
+        pixels = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))  # as the model sees it
     maps = {"image": None, "prediction": prediction} | ({} if labels is None else {"label": labels})
     palette = np.asarray(meta["palette"], dtype=np.uint8)
     width = 4.0
