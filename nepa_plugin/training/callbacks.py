@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.checkpoints import write_tensors
 from nepa_plugin.data.samples import trained_batches
+from nepa_plugin.methods.optimization import OptimizedModule
 
 
 class StepSeed(Callback):
@@ -69,8 +70,8 @@ class LastCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        method: Any = trainer.lightning_module
-        method.check_finite(weights=True)
+        if isinstance(method := trainer.lightning_module, OptimizedModule):
+            method.check_finite(weights=True)
         super()._save_checkpoint(trainer, filepath)
 
     def _save(self, trainer: Trainer) -> None:

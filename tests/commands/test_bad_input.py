@@ -84,7 +84,7 @@ def place(tmp_path_factory):
         shutil.copytree(root / "backbone", root / f"run_{name}" / "backbone")
         (root / f"run_{name}" / "summary.json").write_text(text)
     (root / "unfinished").mkdir()
-    for name, text in (("request", "{"), ("other_request", "{}")):
+    for name, text in (("request", "{"), ("other_request", '{"arguments": [], "config": {}}')):
         (root / name / "nepa").mkdir(parents=True)
         (root / name / "nepa" / "seed0.request.json").write_text(text)
     (root / "foreign" / "nepa" / "seed0").mkdir(parents=True)

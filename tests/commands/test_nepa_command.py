@@ -1,6 +1,7 @@
 """The `nepa` command: its list, its sub-commands by name, and a sub-command in two processes."""
 
 import importlib
+import re
 import subprocess
 import sys
 
@@ -83,10 +84,14 @@ def test_pretrain_and_compare_take_a_config_by_name(monkeypatch, capsys, tmp_pat
         call(monkeypatch, "pretrain", "--config", "nepa_dmo")
     assert status.value.code == 2 and "The nearest: nepa_demo" in capsys.readouterr().err
     bad = ["--data", "digits", "--evaluate", "knn", "--", "--trainer.max_epocs", "1"]
-    with pytest.raises(SystemExit, match=r"error: nepa_digits: config key `trainer.max_epocs`.*`trainer.max_epochs`"):
-        call(monkeypatch, "compare", "nepa_digits", *bad)
-    with pytest.raises(SystemExit, match=r"error: No config file at nepa_digit, .*nearest: nepa_digits"):
-        call(monkeypatch, "compare", "nepa_digit", *bad)
+    messages = {
+        "nepa_digits": r"error: nepa_digits: config key `trainer.max_epocs`.*`trainer.max_epochs`",
+        "nepa_digit": r"error: No config file at nepa_digit, .*nearest: nepa_digits",
+    }
+    for name, message in messages.items():
+        with pytest.raises(SystemExit) as status:
+            call(monkeypatch, "compare", name, *bad)
+        assert status.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def test_make_digit_scenes(tmp_path):
     [
         (["nothing.py", "nothing.pth", "nothing.jpg"], "no image file at nothing.jpg"),
         ([CONFIGS / "nepa_tiny_digits_seg.py", "nothing.pth", Path(__file__)], "No checkpoint at nothing.pth"),
-        (["nothing.py", "nothing.pth", Path(__file__)], "No config at nothing.py"),
+        (["nothing.py", "nothing.pth", Path(__file__)], "No config file at nothing.py"),
     ],
 )
 def test_bad_input_of_segment(args, message, tmp_path):

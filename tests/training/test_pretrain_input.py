@@ -51,7 +51,7 @@ OPTIONS = [
     (["--data.pipeline", "gpu"], "data.pipeline: expected 'pil', 'tensor', 'device', got gpu."),
     (["--data.num_workers", "x"], "data.num_workers: expected int or null, got x."),
     (["--trainer.callbacks", "nope.Nope"], "trainer.callbacks: No module named 'nope'"),
-    # ranges; those of the methods are in tests/methods/test_ranges.py
+    # ranges; those of the methods are in tests/methods/test_option_ranges.py
     (["--trainer.max_epochs", "-5"], "trainer.max_epochs must be at least -1, got -5."),
     (["--trainer.max_epochs", "0"], "trainer.max_epochs must be other than 0, got 0."),
     (["--trainer.max_steps", "0"], "trainer.max_steps must be other than 0, got 0."),
