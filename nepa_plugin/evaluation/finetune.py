@@ -69,8 +69,8 @@ class FinetuneOptions:
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 1024
     accumulate: PositiveInt = 1
-    lr: NonNegativeFloat = 1.5e-3
-    head_lr: NonNegativeFloat | None = 1e-3
+    lr: PositiveFloat = 1.5e-3
+    head_lr: PositiveFloat | None = 1e-3
     layer_decay: PositiveFraction = 0.65
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)

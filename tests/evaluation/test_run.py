@@ -154,8 +154,8 @@ def test_two_processes_score_every_image_once(model, folder, tmp_path):
     backbone = nepa_plugin.save_backbone(model, tmp_path / "backbone")
     command = [sys.executable, "tools/evaluate.py", backbone, "--data", folder, "--accelerator", "cpu", "--k", "5"]
     command += ["--protocol", "knn,readout,attentive,linear,finetune", "--linear.solver", "sgd", "--devices", "2"]
-    command += [f"--{name}=1e-12" for name in ("linear.lr", "attentive.lr")]
-    command += ["--finetune.lr=0", "--finetune.head_lr=0"]
+    # in float32 a step of 1e-50 is none
+    command += [f"--{name}=1e-50" for name in ("linear.lr", "attentive.lr", "finetune.lr", "finetune.head_lr")]
     command += [f"--{name}.epochs=1" for name in ("linear", "attentive", "finetune")]
     command += [f"--{name}.batch_size=16" for name in ("linear", "attentive", "finetune")]
     command += ["--no-cache"]
@@ -167,9 +167,9 @@ def test_two_processes_score_every_image_once(model, folder, tmp_path):
     both = read_results(tmp_path / "two")["protocols"]
     assert both["knn"]["used"]["processes"] == 2
 
-    options = _options(cache=False, attentive=AttentiveOptions(epochs=1, batch_size=16, lr=1e-12, max_token_gb=0))
-    options.linear = LinearOptions("sgd", epochs=1, batch_size=16, lr=1e-12)
-    options.finetune = FinetuneOptions(epochs=1, batch_size=16, lr=0, head_lr=0)
+    options = _options(cache=False, attentive=AttentiveOptions(epochs=1, batch_size=16, lr=1e-50, max_token_gb=0))
+    options.linear = LinearOptions("sgd", epochs=1, batch_size=16, lr=1e-50)
+    options.finetune = FinetuneOptions(epochs=1, batch_size=16, lr=1e-50, head_lr=1e-50)
     one = evaluate(backbone, folder, list(both), options)["protocols"]
     for name in ("knn", "linear", "finetune"):  # nothing was learned: the same network scores the same images
         assert _top1(both[name]) == _top1(one[name])

@@ -47,10 +47,11 @@ def test_another_run_is_not_overwritten(run, scenes, backbone_folder):
 
 
 def test_resume_goes_on_where_it_stopped(run, scenes, backbone_folder, tmp_path):
-    """Three steps, then one more after --resume: steps, schedule and optimizer are those of the run of four."""
+    """Two steps, then two more after --resume: steps, schedule and optimizer are those of the run of four."""
     options = {"default_hooks__checkpoint__save_best": None}
     first = tiny_config(scenes, backbone_folder, tmp_path / "r", **options)
-    first.train_cfg.max_iters = 3
+    first.train_cfg.max_iters = 2
+    first.param_scheduler[-1].end = 4
     Runner.from_cfg(first).train()
     second = tiny_config(scenes, backbone_folder, tmp_path / "r", resume=True, **options)
     Runner.from_cfg(second).train()
