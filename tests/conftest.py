@@ -10,6 +10,20 @@ DATA = Path(__file__).parent / "data"
 TOY, TOY_CLASSIFIER = DATA / "nepa-toy-gelu", DATA / "nepa-toy-gelu-classifier"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Groups for ``--dist loadgroup``: the tests of a file share fixtures and run in one process.
+
+    Those of ``test_all.py`` share them by method, but for the ones that two processes train together.
+    """
+    for item in items:
+        group = item.path.stem
+        method = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if group == "test_all" and method and "two_processes" not in item.fixturenames:
+            group += f"-{method}"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     os.environ["NEPA_PLUGIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))

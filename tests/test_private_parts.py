@@ -56,7 +56,10 @@ def instance(cls, tmp_path):
         "CSVLogger": (tmp_path,),
         "IJEPAMaskCollator": (32, 8),
     }
-    keywords = {"Trainer": {"logger": False, "accelerator": "cpu", "enable_checkpointing": False}}
+    keywords = {
+        "BaseDataset": {"lazy_init": True},
+        "Trainer": {"logger": False, "accelerator": "cpu", "enable_checkpointing": False},
+    }
     if name == "_SignalConnector":
         return instance(resolve_name("pytorch_lightning.Trainer"), tmp_path)._signal_connector
     return cls(*arguments.get(name, ()), **keywords.get(name, {}))

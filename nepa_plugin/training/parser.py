@@ -101,7 +101,7 @@ def plain(message: str) -> str:
         text = f"Expected a {types}. Got value: {value}"
     expected = re.fullmatch(r"Expected an? (.*?)\. Got value: (.*)", text)
     if expected:
-        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>|Literal\[(.*?)\]", expected.group(1))
+        kinds = re.findall(r"(?:<class '|Annotated\[)(?:\w+\.)*(\w+)|Literal\[(.*?)\]", expected.group(1))
         names = [{"NoneType": "null", "str": "text"}.get(name, name) or choice for name, choice in kinds]
         text = f"expected {' or '.join(names) or expected.group(1)}, got {expected.group(2)}."
     return f"{key}: {text}" if key else text
