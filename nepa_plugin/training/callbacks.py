@@ -156,17 +156,40 @@ class RunClock(Callback):
 
 
 class EpochLines(Callback):
-    """Print a line per epoch, where the output is no terminal and a progress bar would fill the log."""
+    """Print a line per epoch, where the output is no terminal and a progress bar would fill the log.
+
+    Every number is the epoch's own: the mean loss over its steps and all devices, the images per second of its
+    training, and the accuracy of the online probe only if it was validated. After a resume within an epoch they are
+    those of the rest of it.
+
+    Args:
+        clock: Measures the run.
+    """
+
+    def __init__(self, clock: RunClock) -> None:
+        self.clock = clock
+        self._start = clock.state_dict()
+        self._validated = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember where the run is."""
+        self._start, self._validated = self.clock.state_dict(), False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the epoch has a validation, unless it is Lightning's check before training."""
+        self._validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch, its last loss and the speed."""
+        """Print the epoch, its steps so far, loss, accuracy and speed."""
+        metrics = trainer.callback_metrics  # every rank must ask: the first to do so waits for the others
         if not trainer.is_global_zero:
             return
+        values = [f"loss {float(metrics['epoch_loss']):.4g}"]
+        if self._validated and "val_online_cls_top1" in metrics:
+            values.append(f"val top-1 {float(metrics['val_online_cls_top1']):.4g}")
+        now = self.clock.state_dict()
+        seconds = now["seconds"] - self._start["seconds"]
+        if seconds > 0:
+            values.append(f"images/s {(now['images'] - self._start['images']) / seconds:.4g}")
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        shown = {"train_loss": "loss", "val_online_cls_top1": "val top-1", "images_per_second": "images/s"}
-        values = [
-            f"{name} {float(trainer.callback_metrics[k]):.4g}"
-            for k, name in shown.items()
-            if k in trainer.callback_metrics
-        ]
         print(f"epoch {trainer.current_epoch + 1}{epochs}  step {trainer.global_step}  {'  '.join(values)}", flush=True)

@@ -161,7 +161,7 @@ class PretrainCLI(LightningCLI):
         ]
         if given.enable_progress_bar in (None, True):
             terminal = sys.stdout.isatty()
-            callbacks.append(RichProgressBar(refresh_rate=10, leave=False) if terminal else EpochLines())
+            callbacks.append(RichProgressBar(refresh_rate=10, leave=False) if terminal else EpochLines(self.clock))
             kwargs["enable_progress_bar"] = terminal
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 

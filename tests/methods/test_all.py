@@ -199,7 +199,11 @@ def two_processes(tmp_path_factory):
     half = ["--data.batch_size_per_device", "32", "--trainer.strategy"]
     runs = [arguments(name, out / name, *SHORT, *half, "auto", *RANKS) for name in MARGINS]
     runs += [arguments(name, out / f"{name}-fsdp", *SHORT, *half, "fsdp") for name in SHARDED]
-    start(2, *runs)
+    printed = start(2, *runs).stdout.splitlines()
+    lines = [line for line in printed if line.startswith("epoch ")]
+    assert len(lines) == 2 * len(runs)
+    for number, name in enumerate(MARGINS):
+        (out / name / "lines.txt").write_text("\n".join(lines[2 * number : 2 * number + 2]))
     return out
 
 
@@ -217,6 +221,9 @@ def test_two_processes_train_one_network(name, two_processes):
     means = [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)]
     assert list(losses) == list(range(6)) and all(map(math.isfinite, means))
     assert all(a != b for a, b in zip(first["losses"], second["losses"], strict=True))  # other images
+    for epoch, line in enumerate((run / "lines.txt").read_text().splitlines()):
+        mean = sum(losses[3 * epoch + step] for step in range(3)) / 3
+        assert line.startswith(f"epoch {epoch + 1}/2  step {3 * epoch + 3}  loss {mean:.4g}  images/s ")
     own = {key for key, value in first["state"].items() if not torch.equal(value, second["state"][key])}
     assert own == {key for key in first["state"] if key.endswith(("running_mean", "running_var"))}
     assert bool(own) == (name in BATCH_NORM)
