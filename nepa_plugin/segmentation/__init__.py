@@ -10,6 +10,7 @@ from nepa_plugin.segmentation.datasets import ADE20K, CamVid, DigitScenes, Segme
 from nepa_plugin.segmentation.errors import ConfigError, DatasetError, DivergenceError, print_bad_input_in_one_line
 from nepa_plugin.segmentation.hooks import BatchSizeHook, CheckpointGuardHook, ClassCountHook
 from nepa_plugin.segmentation.layer_decay import LayerDecayConstructor
+from nepa_plugin.segmentation.resuming import ExactResumeHook, ResumableSampler
 
 __all__ = [
     "ADE20K",
@@ -22,7 +23,9 @@ __all__ = [
     "DatasetError",
     "DigitScenes",
     "DivergenceError",
+    "ExactResumeHook",
     "LayerDecayConstructor",
+    "ResumableSampler",
     "SegmentationFolder",
     "TimmViT",
 ]

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from nepa_plugin.data.extensions import IMAGE_EXTENSIONS
 from nepa_plugin.segmentation.errors import DatasetError
+from nepa_plugin.segmentation.resuming import Draw
 from nepa_plugin.segmentation.scenes import SCENE_CLASSES
 
 _SAMPLE = 64  # label maps that are read before training; all 20,000 of ADE20K would take minutes
@@ -77,6 +78,12 @@ class SegmentationFolder(BaseSegDataset):
                         f"{reduce_zero_label}. Leave it out of the pipeline."
                     )
         super().__init__(reduce_zero_label=reduce_zero_label, img_suffix=img_suffix or ".jpg", **kwargs)
+
+    def prepare_data(self, idx: int) -> Any:
+        """Read and augment an image, with the random numbers of its draw: see :class:`~.resuming.ResumableSampler`."""
+        if isinstance(idx, Draw):
+            idx.seed_generators()
+        return super().prepare_data(int(idx))
 
     def load_data_list(self) -> list[dict]:
         """List the images, and check them and their label maps."""

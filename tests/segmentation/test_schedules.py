@@ -3,13 +3,14 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("mmseg")
 from mmengine.runner import Runner
-from tiny import tiny_config
+from tiny import losses, tiny_config
 
 from nepa_plugin.checkpoints import CheckpointError, read_tensors
-from nepa_plugin.segmentation import ConfigError
+from nepa_plugin.segmentation import ConfigError, SegmentationFolder
 
 PEAK, DECAY, BLOCKS = 3e-3, 0.8, 4
 
@@ -81,11 +82,17 @@ def test_a_run_that_was_not_stopped(start):
     assert rates == pytest.approx([lr(step, 8) for step in range(1, 8)])  # iter_N.pth holds the rate of the next step
 
 
-def test_the_same_config_goes_on_to_the_last_digit(resume, start):
+def test_the_same_config_goes_on_to_the_last_digit(resume, start, monkeypatch):
+    read = []
+    load = SegmentationFolder.prepare_data
+    monkeypatch.setattr(SegmentationFolder, "prepare_data", lambda self, idx: read.append(idx) or load(self, idx))
     log, work_dir = resume(8)
-    assert "Resumed after" not in log
+    assert "Resumed after" not in log and len(read) == 2 * 3 + 7  # no image of the steps before; and the validation's
     for step in (6, 7, 8):
         assert groups(work_dir, step) == groups(start, step)
+    assert losses(work_dir) == {step: loss for step, loss in losses(start).items() if step > 5}
+    one, other = (read_tensors(folder / "iter_8.pth")["state_dict"] for folder in (start, work_dir))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ train_dataloader = dict(
     batch_size=max(1, 16 // processes),
     num_workers=4,
     persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
+    sampler=dict(type="ResumableSampler", shuffle=True),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
