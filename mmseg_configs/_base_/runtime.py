@@ -2,6 +2,7 @@ default_scope = "mmseg"
 custom_imports = dict(imports=["nepa_plugin.segmentation"], allow_failed_imports=False)
 custom_hooks = [
     dict(type="CheckpointGuardHook"),  # checkpoints load completely or not at all, and are not overwritten
+    dict(type="ConfigCheckHook"),  # numbers have their ranges, and every option is one that is read
     dict(type="ExactResumeHook"),  # a resumed run is the one that was never stopped
     dict(type="ClassCountHook"),
     dict(type="BatchSizeHook", recipe=16),

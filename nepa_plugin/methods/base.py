@@ -236,8 +236,15 @@ class Method(OptimizedModule):
         bad = ~loss.detach().isfinite()
         self._nonfinite_loss = bad if self._nonfinite_loss is None else self._nonfinite_loss | bad
         self.log("train_loss", self._mean_over_devices(loss), prog_bar=True)
-        whole = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": len(targets)}
-        self.log("epoch_loss", loss.detach(), logger=False, **whole)
+        self.log(
+            "epoch_loss",
+            loss.detach(),
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            batch_size=len(targets),
+            logger=False,
+        )
         if self.online_classifier is None:
             return loss
         probe_loss, logs = self.online_classifier.training_step((features.detach(), targets), batch_idx)

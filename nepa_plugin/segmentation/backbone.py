@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -64,6 +65,11 @@ class TimmViT(BaseModule):
             raise ConfigError(
                 f"init_cfg={dict(init_cfg)}: this backbone takes dict(type='Pretrained', checkpoint=...) or None."
             )
+        if init_cfg is not None and not isinstance(init_cfg["checkpoint"], (str, Path)):
+            raise ConfigError(f"init_cfg.checkpoint={init_cfg['checkpoint']!r} is no path and no hub id.")
+        for name, number in (("frozen_stages", frozen_stages), *(("out_indices", i) for i in out_indices)):
+            if not isinstance(number, int):
+                raise ConfigError(f"{name}: {number!r} is no whole number.")
         self.arch, self.resample_patches = arch, patch_size is not None
         args: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
         args |= {"drop_path_rate": drop_path_rate, **(model_args or {})}

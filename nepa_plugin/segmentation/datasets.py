@@ -59,7 +59,10 @@ class SegmentationFolder(BaseSegDataset):
     ) -> None:
         name = type(self).__name__
         self._suffixes = IMAGE_EXTENSIONS if img_suffix is None else (img_suffix.lower(),)
-        self._values = {int(value): int(label) for value, label in (label_map or {}).items()}
+        try:
+            self._values = {int(value): int(label) for value, label in (label_map or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise DatasetError(f"{name}: label_map={label_map!r} is no mapping such as {{255: 1}}.") from None
         if self._values and reduce_zero_label:
             raise DatasetError(f"{name}: give label_map or reduce_zero_label=True, not both: map 0 to {VOID} there.")
         if reduce_zero_label is None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from nepa_plugin.checkpoints import read_tensors
 from nepa_plugin.segmentation.datasets import VOID, read_label_map, shown_size
+from nepa_plugin.segmentation.boundary import in_one_line
 from nepa_plugin.segmentation.errors import ConfigError, DatasetError
 from nepa_plugin.segmentation.hooks import check_segmentor
 
@@ -38,17 +39,22 @@ def load_segmentor(config: str | Path, checkpoint: str | Path, device: str = "cp
 
     Raises:
         FileNotFoundError: If config or checkpoint does not exist.
-        ConfigError: If the config is for multi-scale testing.
+        ConfigError: If the config cannot be read or built, or is for multi-scale testing.
         CheckpointError: If the checkpoint is not one of this model; names the weights.
     """
     for what, path in (("config", config), ("checkpoint", checkpoint)):
         if not Path(path).is_file():
             raise FileNotFoundError(f"No {what} at {path}.")
-    cfg = Config.fromfile(config)
+    cfg = _read_config(config)
     if "module" in cfg.model:
         raise ConfigError(f"{config} is for multi-scale testing with mim test. Give the config that it is based on.")
     init_default_scope(cfg.get("default_scope", "mmseg"))
-    model: Any = init_model(cfg, device=device)
+    try:
+        model: Any = init_model(cfg, device=device)
+    except Exception as error:
+        if (line := in_one_line(error, error.__traceback__)) is None:
+            raise
+        raise ConfigError(f"{config}: {line}") from error
     stored = read_tensors(checkpoint)
     check_segmentor(model, stored, str(checkpoint))
     model.load_state_dict(stored["state_dict"])
@@ -58,6 +64,19 @@ def load_segmentor(config: str | Path, checkpoint: str | Path, device: str = "cp
     known = {**dataset.METAINFO, "reduce_zero_label": zero_is_void, "label_map": None}
     model.dataset_meta = known | (stored.get("meta", {}).get("dataset_meta") or {})
     return model  # type: ignore[no-any-return]
+
+
+def _read_config(path: str | Path) -> Config:
+    try:
+        cfg = Config.fromfile(path)
+    except RecursionError:
+        raise ConfigError(f"{path}: its _base_ leads back to itself.") from None
+    except Exception as error:  # a config is a program: anything can go wrong in it
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no config that mmengine can read: {type(error).__name__}: {said}") from error
+    if "model" not in cfg:
+        raise ConfigError(f"{path} has no model: it is not the config of a segmentation run.")
+    return cfg
 
 
 def check_image(path: str | Path) -> tuple[int, int]:

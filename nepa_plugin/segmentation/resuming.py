@@ -40,12 +40,8 @@ class ResumableSampler(InfiniteSampler):
     """mmengine's ``InfiniteSampler``, in its order, that can begin later and seeds the augmentation of every draw.
 
     What is cropped from an image is then a function of the run's seed and of the number of draws before it, not of the
-    loader's processes and what they have done so far. Datasets derived from ``SegmentationFolder`` take the seed.
-
-    Args:
-        dataset: The dataset.
-        shuffle: Whether every pass over the images has an order of its own.
-        seed: Seed; mmengine gives the run's.
+    loader's processes and what they have done so far. Datasets derived from ``SegmentationFolder`` take the seed. The
+    arguments are those of mmengine's sampler.
     """
 
     #: Draws of this process that are left out at the beginning.

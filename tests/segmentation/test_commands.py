@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("mmseg")
 pytest.importorskip("mim")
 from PIL import Image
-from tiny import CONFIGS, losses, tiny_options
+from tiny import CONFIGS, as_options, losses, tiny_options
 
 from nepa_plugin.checkpoints import read_tensors
 
@@ -33,19 +33,6 @@ def _installed(name):
 
 
 PACKAGE = "mmsegmentation" if _installed("mmsegmentation") else "onedl-mmsegmentation"
-
-
-def as_options(options):
-    """As --cfg-options takes them."""
-    words = []
-    for key, value in options.items():
-        if key == "model.backbone.init_cfg":
-            key, value = "model.backbone.init_cfg.checkpoint", value["checkpoint"]
-        if key == "model.backbone.model_args":
-            words += [f"{key}.{k}={v}" for k, v in value.items()]
-        else:
-            words.append(f"{key}={value}".replace(" ", ""))
-    return ["--cfg-options", *words]
 
 
 def command(*args, check=True, **kwargs):

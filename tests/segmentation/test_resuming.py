@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("mmseg")
 from mmengine.dataset import InfiniteSampler, pseudo_collate, worker_init_fn
+from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader
 
 from nepa_plugin.segmentation import ResumableSampler, SegmentationFolder
@@ -51,17 +52,18 @@ def test_a_draw_reaches_the_loaders_processes_whole():
 
 def batches(scenes, workers, start, number):
     pipeline = [
-        {"type": "mmseg.LoadImageFromFile"},
-        {"type": "mmseg.LoadAnnotations"},
-        {"type": "mmseg.RandomResize", "scale": (64, 64), "ratio_range": (0.5, 2.0)},
-        {"type": "mmseg.RandomCrop", "crop_size": (24, 24)},
-        {"type": "mmseg.PhotoMetricDistortion"},
-        {"type": "mmseg.PackSegInputs"},
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations"},
+        {"type": "RandomResize", "scale": (64, 64), "ratio_range": (0.5, 2.0)},
+        {"type": "RandomCrop", "crop_size": (24, 24)},
+        {"type": "PhotoMetricDistortion"},
+        {"type": "PackSegInputs"},
     ]
     folders = {"img_path": "images/training", "seg_map_path": "annotations/training"}
-    dataset = SegmentationFolder(
-        metainfo={"classes": CLASSES}, data_root=str(scenes), data_prefix=folders, pipeline=pipeline
-    )
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        dataset = SegmentationFolder(
+            metainfo={"classes": CLASSES}, data_root=str(scenes), data_prefix=folders, pipeline=pipeline
+        )
     sampler = ResumableSampler(dataset, seed=11)
     sampler.start = 2 * start
     loader = DataLoader(

@@ -33,6 +33,19 @@ def tiny_options(scenes, pretrained, iterations=4):
     return options | {f"{loader}_dataloader.dataset.data_root": str(scenes) for loader in ("train", "val", "test")}
 
 
+def as_options(options):
+    """As --cfg-options takes them."""
+    words = []
+    for key, value in options.items():
+        if key == "model.backbone.init_cfg":
+            key, value = "model.backbone.init_cfg.checkpoint", value["checkpoint"]
+        if key == "model.backbone.model_args":
+            words += [f"{key}.{k}={v}" for k, v in value.items()]
+        else:
+            words.append(f"{key}={value}".replace(" ", ""))
+    return ["--cfg-options", *words]
+
+
 def tiny_config(scenes, pretrained, work_dir, iterations=4, **options):
     """The config; options are dotted keys with __ for the dots."""
     cfg = Config.fromfile(CONFIGS / "nepa_tiny_digits_seg.py")
