@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from nepa_plugin.checkpoints import read_tensors
-from nepa_plugin.segmentation.datasets import VOID, read_label_map, shown_size
 from nepa_plugin.segmentation.boundary import in_one_line
+from nepa_plugin.segmentation.datasets import VOID, read_label_map, shown_size
 from nepa_plugin.segmentation.errors import ConfigError, DatasetError
 from nepa_plugin.segmentation.hooks import check_segmentor
 
