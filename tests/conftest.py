@@ -7,21 +7,28 @@ from safetensors.torch import load_file
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 DATA = Path(__file__).parent / "data"
+#: Files that take a minute and more.
+_LONGEST = ["test_scaling", "test_all_processes", "test_all"]
 TOY, TOY_CLASSIFIER = DATA / "nepa-toy-gelu", DATA / "nepa-toy-gelu-classifier"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file share fixtures and run in one process; those of ``test_all.py`` share them by method."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return f"{file}[{test.partition('[')[2]}" if Path(file).name == "test_all.py" else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Groups for ``--dist loadgroup``: the tests of a file share fixtures and run in one process.
-
-    Those of ``test_all.py`` share them by method, but for the ones that two processes train together.
-    """
-    for item in items:
-        group = item.path.stem
-        method = getattr(item, "callspec", None) and item.callspec.params.get("name")
-        if group == "test_all" and method and "two_processes" not in item.fixturenames:
-            group += f"-{method}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    """The longest first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -272,7 +272,10 @@ def main(args: list[str] | None = None, base_config: Path | None = None, prog: s
             cli = _build(expanded, base_config, prog)
         cli.check()
     try:
-        with boundary(torch.OutOfMemoryError, explain=cli.failure):
+        with boundary(torch.OutOfMemoryError, explain=cli.failure), warnings.catch_warnings():
+            # momentum encoders are meant to be in evaluation mode; the other is between Lightning and PyTorch
+            warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
+            warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated")
             cli.fit()
     except DivergenceError as error:
         sys.stderr.write(f"error: {error}\n")
