@@ -46,14 +46,11 @@ FSDP = ("--trainer.strategy", "fsdp")
 
 
 def runs(n, folder):
-    """The same in n processes, by every strategy; two of the runs are stopped in the middle by SIGTERM."""
+    """The same in n processes, by both strategies; two of the runs are stopped in the middle by SIGTERM."""
     stopped = "--data.batch_size_per_device", 128 // n, *LOGGED, *callbacks(terminate_at=13)
     return [
         short(folder / "ddp", 128 // n),
-        short(folder / "accumulated", 64 // n, accumulate=2),
         short(folder / "fsdp", 128 // n, *FSDP),
-        short(folder / "fsdp-checkpointed", 128 // n, *FSDP, "--model.grad_checkpointing", "true"),
-        short(folder / "wide", 128 // n, *WIDE),
         arguments(folder / "long", "--data.batch_size_per_device", 128 // n, *LOGGED, *FSDP, *callbacks()),
         arguments(folder / "stopped", *stopped, *FSDP),
         arguments(folder / "stopped-ddp", *stopped),
@@ -70,8 +67,13 @@ def resumed(run_dir, n, strategy="fsdp"):
 def two(tmp_path_factory):
     """All runs in two processes, and a copy of the sharded one that was stopped goes on there."""
     folder = tmp_path_factory.mktemp("two")
+    more = [
+        short(folder / "accumulated", 32, accumulate=2),
+        short(folder / "fsdp-checkpointed", 64, *FSDP, "--model.grad_checkpointing", "true"),
+        short(folder / "wide", 64, *WIDE),
+    ]
     copy = ["copy", str(folder / "stopped"), str(folder / "resumed")]
-    start(2, *runs(2, folder), copy, resumed(folder / "resumed", 2))
+    start(2, *more, *runs(2, folder), copy, resumed(folder / "resumed", 2))
     return folder
 
 
@@ -102,6 +104,12 @@ def several(request):
     return request.param, request.getfixturevalue("two" if request.param == 2 else "four")
 
 
+def both(*in_both, two=()):
+    """Parameters (run, several): some runs are there in two and in four processes, the others in two alone."""
+    cases = [(run, n) for n in (2, 4) for run in (in_both if n == 4 else (*in_both, *two))]
+    return pytest.mark.parametrize(("run", "several"), cases, indirect=["several"], ids=[f"{r}-{n}" for r, n in cases])
+
+
 def records(run_dir, n):
     return [torch.load(run_dir / f"record-{rank}.pt", weights_only=True) for rank in range(n)]
 
@@ -126,7 +134,7 @@ def assert_same_state(run_dir, reference, atol):
             torch.testing.assert_close(after["state"][i][name], value, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("run", ["ddp", "accumulated", "fsdp", "fsdp-checkpointed"])
+@both("ddp", "fsdp", two=("accumulated", "fsdp-checkpointed"))
 def test_losses_and_gradients_are_those_of_one_process(run, several, single):
     n, folder = several
     reference = single / ("accumulated" if run == "accumulated" else "ddp")
@@ -151,9 +159,10 @@ def trainable_shapes(run_dir):
     return [values["exp_avg"].shape for values in checkpoint(run_dir)["optimizer_states"][0]["state"].values()]
 
 
-@pytest.mark.parametrize(("run", "batches"), [("ddp", 1), ("accumulated", 2), ("wide", 1)])
-def test_ddp_sends_every_gradient_once_per_step_and_nothing_else(run, batches, several):
+@both("ddp", two=("accumulated", "wide"))
+def test_ddp_sends_every_gradient_once_per_step_and_nothing_else(run, several):
     _, folder = several
+    batches = 2 if run == "accumulated" else 1
     counts = json.loads((folder / run / "communication.json").read_text())
     gradients = counts.pop("all_reduce float")
     assert gradients["bytes"] == 4 * sum(map(math.prod, trainable_shapes(folder / run)))
@@ -161,7 +170,7 @@ def test_ddp_sends_every_gradient_once_per_step_and_nothing_else(run, batches, s
     assert counts == {"all_reduce unsigned char": {"calls": batches, "bytes": batches}}  # has any process got SIGTERM?
 
 
-@pytest.mark.parametrize("run", ["fsdp", "fsdp-checkpointed"])
+@both("fsdp", two=("fsdp-checkpointed",))
 def test_fsdp_gathers_every_weight_twice_and_reduces_its_gradient_once(run, several):
     n, folder = several
     counts = json.loads((folder / run / "communication.json").read_text())
