@@ -1,4 +1,6 @@
+import itertools
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,30 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(items):
     """The longest first, so that no process is left alone with them at the end."""
     items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
+
+
+def _ports():
+    """Free ports below those that the system hands out, others for every process that runs tests.
+
+    A program that looks for a free port, as Lightning does, closes it before its processes listen there; tests beside
+    it, whose connections take a port each, are quick to take that one.
+    """
+    first = 20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in itertools.cycle(range(first, first + 1_000)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield str(port)
+
+
+_PORTS = _ports()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    os.environ["MASTER_PORT"] = next(_PORTS)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -87,6 +87,7 @@ def start(processes, *runs, restarts=0):
     commands = [argument for run in runs for argument in ("--", *run, *(() if run[0] == "copy" else devices))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    environment["TEST_PORT"] = os.environ["MASTER_PORT"]
     result = subprocess.run(
         [*torchrun, "--max-restarts", str(restarts), str(script), *commands[1:]],
         capture_output=True,

@@ -55,11 +55,11 @@ def state(run_dir):
 
 
 class Runs(dict):
-    """A method's name -> its run, which is made once, when it is first asked for."""
+    """A method's name -> its run with the options for that name, which is made once, when it is first asked for."""
 
-    def __init__(self, folder, *more):
-        self.folder, self.more = folder, more
+    def __init__(self, folder, options):
+        self.folder, self.options = folder, options
 
     def __missing__(self, name):
-        self[name] = train(name, self.folder / name, *self.more)
+        self[name] = train(name, self.folder / name, *self.options(name))
         return self[name]

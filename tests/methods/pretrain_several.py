@@ -3,6 +3,7 @@
 ``copy FOLDER TO`` in place of arguments, after the first, copies a run for the next command to go on with.
 """
 
+import os
 import shutil
 import sys
 from itertools import groupby
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from nepa_plugin.training.cli import main
 
 if __name__ == "__main__":
+    os.environ["MASTER_PORT"] = os.environ["TEST_PORT"]  # not the one that torchrun found free some seconds ago
     base = Path(__file__).parents[2] / "lightly_configs" / "base.yaml"
     for separator, arguments in groupby(sys.argv[1:], lambda argument: argument == "--"):
         if separator:
