@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
+from nepa_plugin.runtime.places import check_folder
 
 
 def main(args: list[str] | None = None) -> None:
@@ -23,11 +25,19 @@ def main(args: list[str] | None = None) -> None:
         args: Command line arguments; ``sys.argv`` by default.
 
     Raises:
-        SystemExit: With the status of the first step that fails.
+        SystemExit: With the status of the first step that fails, or with status 2 and one line on stderr if nothing
+            can be written to the folder.
     """
     parser = command_parser("demo", __doc__, args)
     parser.add_argument("--run_dir", default="runs/demo", help="folder for everything that it writes")
     run_dir = parser.parse_args(args).run_dir
+    with errors_in_one_line():
+        check_folder(run_dir, "--run_dir")
+        _demo(run_dir)
+
+
+def _demo(run_dir: str) -> None:
+    """Run the steps, and say where what they made is."""
     backbone = f"{run_dir}/backbone"
     nepa = _nepa()
     for step in (

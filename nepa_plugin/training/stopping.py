@@ -44,6 +44,12 @@ class StopTogether(Callback):
         self._signalled = True
         self._stop_alone(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last answer, so that no process has left while another is still owed its part."""
+        if self._sent is not None:
+            self._sent[0].wait()
+            self._sent = None
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop after the epoch if the signal has come meanwhile."""
         if not trainer.sanity_checking:

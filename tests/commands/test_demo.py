@@ -23,6 +23,7 @@ def commands(monkeypatch):
 
 @pytest.mark.parametrize("argv0", ["tools/demo.py", "nepa"])
 def test_steps_and_last_lines(argv0, commands, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / argv0), "demo"])
     nepa = [str(tmp_path / "nepa")] if argv0 == "nepa" else [sys.executable, "-m", "nepa_command"]
     demo.main(["--run_dir", "a b"])
@@ -41,6 +42,14 @@ def test_steps_and_last_lines(argv0, commands, monkeypatch, capsys, tmp_path):
 def test_make_demo_calls_it():
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     assert "demo: setup\n\t@$(BIN)/nepa demo --run_dir $(RUN)\n" in makefile
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(commands, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as status:
+        demo.main(["--run_dir", str(tmp_path / "file")])
+    assert status.value.code == 2 and commands == []
+    assert capsys.readouterr().err == f"error: --run_dir {tmp_path / 'file'}: it is no folder.\n"
 
 
 def test_a_step_that_fails_ends_it_with_its_status(capfd):

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from pretraining import curve, run
 from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from nepa_plugin.runtime import sharding
+from nepa_plugin.methods import SimCLR
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable, full_tensors, shards_like
 
 
@@ -26,14 +29,25 @@ def test_a_method_that_cannot_be_sharded_is_refused():
         check_shardable(module)
 
 
-def test_batch_norm_is_synchronised_before_sharding(monkeypatch):
-    sharded = []
-    monkeypatch.setattr(sharding, "shard", lambda module, mesh, precision: sharded.append(module[1]))
+@pytest.fixture
+def mesh(tmp_path):
+    """The device mesh of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("data_parallel",))
+    dist.destroy_process_group()
+
+
+def test_batch_norm_is_synchronised_before_sharding(mesh):
+    """Its statistics over several processes cannot be tested here: PyTorch refuses tensors of the CPU for that."""
+    size = {"embed_dim": 32, "depth": 1, "num_heads": 2, "attention": "bidirectional"}
+    method = SimCLR(4, 3, backbone="nepa_vit_tiny_patch14_224", img_size=16, patch_size=4, backbone_args=size)
     strategy = ShardedStrategy()
-    strategy._device_mesh = {"data_parallel": None}
+    strategy._device_mesh = mesh
     strategy._layer_sync = TorchSyncBatchNorm()
-    strategy.shard(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    assert isinstance(sharded[0], nn.SyncBatchNorm)
+    strategy.shard(method)
+    kinds = [type(part) for part in method.modules() if "BatchNorm" in type(part).__name__]
+    assert kinds and set(kinds) == {nn.SyncBatchNorm}
+    assert all(isinstance(parameter, DTensor) for parameter in method.parameters())
 
 
 @pytest.mark.slow
