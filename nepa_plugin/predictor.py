@@ -32,10 +32,38 @@ class ResidentRope(RotaryEmbeddingDinoV3):
     until the GPU has finished the work queued before it.
     """
 
+    _factor_seed: int | None = None
+    _factors_drawn = 0
+    _factor = 1.0
+
+    def seed_factors(self, seed: int) -> None:
+        """Draw the factors that rescale the coordinates from a generator of their own from now on.
+
+        Processes whose other random numbers differ then rescale alike.
+
+        Args:
+            seed: Of that generator.
+        """
+        self._factor_seed, self._factors_drawn = seed, 0
+
     def _create_embed(self, feat_shape: list[int], no_aug: bool = False) -> Tensor:
         """Return the sine and cosine table (H * W, 2 * head_dim) of a grid of (H, W) patches."""
-        with self.periods.device:
-            return super()._create_embed(feat_shape, no_aug)
+        augmented = not no_aug and self.training and self.aug_active
+        if augmented and self._factor_seed is not None:
+            # on the CPU, and a number: as a tensor it would have to be copied over
+            generator, bound = torch.Generator().manual_seed(self._factor_seed), math.log(self.rescale_coords)
+            self._factors_drawn += 1
+            drawn = torch.empty(self._factors_drawn).uniform_(-bound, bound, generator=generator)
+            self._factor, no_aug = drawn[-1].exp().item(), True
+        try:
+            with self.periods.device:
+                return super()._create_embed(feat_shape, no_aug)
+        finally:
+            self._factor = 1.0
+
+    def _get_pos_embed_from_coords(self, coords: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sine and cosine (H * W, head_dim) of the angles at coordinates (H * W, 2)."""
+        return super()._get_pos_embed_from_coords(coords * self._factor)
 
 
 class NepaViT(Eva):

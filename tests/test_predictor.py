@@ -1,3 +1,6 @@
+import copy
+import math
+
 import pytest
 import timm
 import torch
@@ -198,6 +201,25 @@ def test_rope_rescaling_only_in_training():
     assert torch.equal(run(0), run(1))
     fixed = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, rope_rescale_coords=1.0)
     assert torch.equal(fixed.train()(images), fixed.eval()(images))
+
+
+def test_rope_rescaling_from_a_generator_of_its_own(small):
+    """Coordinates times exp(u), with u from that generator; one more u for every forward pass."""
+    small.train()
+    periods, bound = small.rope.periods, math.log(2.0)
+    drawn = torch.empty(2).uniform_(-bound, bound, generator=torch.Generator().manual_seed(7)).exp()
+    rows = torch.tensor([-0.75, -0.25, 0.25, 0.75])
+    for _ in range(2):
+        small.rope.seed_factors(7)
+        before = torch.get_rng_state()
+        for factor in drawn:
+            sine = small.rope.get_embed(shape=(4, 4))[::4, : len(periods)]
+            torch.testing.assert_close(sine, (2 * math.pi * rows[:, None] * factor / periods).sin())
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.rand(3)
+    small.rope.seed_factors(8)
+    assert not torch.equal(small.rope.get_embed(shape=(4, 4))[::4, : len(periods)], sine)
+    copy.deepcopy(small)
 
 
 def test_rope_angles_are_float32(small):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
@@ -133,6 +135,8 @@ def quiet(seed: int) -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated")
             warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
             warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging")
+            random.seed(seed)
+            np.random.seed(seed)  # timm's Mixup draws from it
             torch.manual_seed(seed)
             yield
     finally:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nepa_plugin.methods.masked import MaskedMethod, SingleView
 from nepa_plugin.methods.masks import to_device
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt, Scale
 
 
@@ -66,7 +67,7 @@ class AIM(MaskedMethod):
         crop_scale: Scale = (0.4, 1.0),
         base_lr: NonNegativeFloat = 6.25e-5,
         warmup_fraction: FractionBelowOne = 0.0625,
-        ema_decay: FractionBelowOne = 0.0,
+        ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -106,7 +107,7 @@ class AIM(MaskedMethod):
         chosen = to_device(predicted.flatten().nonzero().squeeze(1), images.device)
         tokens = self.tokens(images, to_device(predicted, images.device))
         before = tokens[:, self.backbone.num_prefix_tokens : -1].flatten(0, 1)[chosen]
-        loss = F.mse_loss(self.head(before), self.targets(images)[:, 1:].flatten(0, 1)[chosen])
+        loss = in_float32(F.mse_loss, self.head(before), self.targets(images)[:, 1:].flatten(0, 1)[chosen])
         return loss, self.pooled(tokens)
 
     def draw_predicted(self, batch_size: int, device: torch.device | str) -> Tensor:

@@ -8,6 +8,7 @@ from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
 from torch import Tensor
 
 from nepa_plugin.methods.momentum import MomentumMethod
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import BYOLViews
 from nepa_plugin.methods.whole_image import WholeImage
 from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt
@@ -54,8 +55,8 @@ class BYOL(WholeImage, MomentumMethod):
         with torch.no_grad():
             encoded = self.pooled(self.teacher_backbone.forward_features(torch.cat(views))).chunk(2)
             targets = [self.teacher_projection_head(view) for view in encoded]
-        loss = self.criterion(predictions[0], targets[1]) + self.criterion(predictions[1], targets[0])
-        return loss / 2, features[0]
+        losses = [in_float32(self.criterion, predictions[i], targets[1 - i]) for i in range(2)]
+        return (losses[0] + losses[1]) / 2, features[0]
 
 
 transform = BYOLViews()

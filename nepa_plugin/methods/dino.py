@@ -7,6 +7,7 @@ from lightly.transforms import DINOTransform
 from torch import Tensor
 
 from nepa_plugin.methods.distillation import SelfDistillation
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 
 
@@ -36,7 +37,8 @@ class DINO(SelfDistillation):
         if len(views) > 2:
             features.append(self.pooled(self.backbone.forward_features(torch.cat(views[2:]))))
         logits = self.head(torch.cat(features)).split(batch)
-        loss = self.criterion(list(targets), list(logits), teacher_temp=self.current_teacher_temp())
+        temp = self.current_teacher_temp()
+        loss = in_float32(self.criterion, list(targets), list(logits), teacher_temp=temp)
         return loss, taught[:batch]
 
 

@@ -11,6 +11,7 @@ from nepa_plugin.methods.distillation import SelfDistillation
 from nepa_plugin.methods.heads import PrototypeHead
 from nepa_plugin.methods.masked import check_maskable, masked_encoder
 from nepa_plugin.methods.masks import random_block_masks, to_device
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -107,8 +108,8 @@ class IBOT(SelfDistillation):
             locals_ = masked_encoder(self.backbone).encode(torch.cat(views[2:]))
             classes += self.head(self.pooled(locals_)).split(batch)
         temp = self.current_teacher_temp()
-        loss = self.criterion(list(targets[0].split(batch)), classes, teacher_temp=temp)
-        patch_loss = self.patch_criterion(targets[1], patch_logits, mask, teacher_temp=temp)
+        loss = in_float32(self.criterion, list(targets[0].split(batch)), classes, teacher_temp=temp)
+        patch_loss = in_float32(self.patch_criterion, targets[1], patch_logits, mask, teacher_temp=temp)
         return loss + self.patch_loss_weight * patch_loss, self.pooled(teacher[:batch])
 
     def encode(self, images: Tensor, patch_mask: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from nepa_plugin.methods.masked import MaskedMethod, SingleView, masked_encoder, with_prefix
 from nepa_plugin.methods.masks import BlockMasks
 from nepa_plugin.methods.momentum import MomentumMethod
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.runtime.ranges import Fraction, FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt, Scale
 
 
@@ -108,7 +109,7 @@ class IJEPA(MaskedMethod, MomentumMethod):
         context, targets = self.masks.sample(len(images), images.device)
         with torch.no_grad():
             tokens = self.teacher_backbone.forward_features(images)
-        loss = F.smooth_l1_loss(self.predict(images, context, targets), self.targets(tokens, targets))
+        loss = in_float32(F.smooth_l1_loss, self.predict(images, context, targets), self.targets(tokens, targets))
         return loss, self.pooled(tokens)
 
     def predict(self, images: Tensor, context: Tensor, targets: list[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from lightly.transforms.multi_view_transform import MultiViewTransform
 from torch import Tensor
 
 from nepa_plugin.methods.multi_crop import MultiCrop
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
 
@@ -107,7 +108,7 @@ class LeJEPA(MultiCrop):
         min_lr: NonNegativeFloat = 5e-7,
         warmup_fraction: FractionBelowOne = 0.01,
         clip_grad_norm: NonNegativeFloat = 0.0,
-        ema_decay: FractionBelowOne = 0.0,
+        ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,
     ) -> None:
         if num_local_crops < 1:
@@ -131,7 +132,7 @@ class LeJEPA(MultiCrop):
         images = (torch.cat(views[:2]), torch.cat(views[2:]))
         features = torch.cat([self.pooled(self.backbone.forward_features(size)) for size in images])
         projections = torch.stack(self.projection_head(features).split(batch))
-        loss = self.criterion(local_proj=projections[2:], global_proj=projections[:2])
+        loss = in_float32(self.criterion, local_proj=projections[2:], global_proj=projections[:2])
         return loss, features[:batch]
 
 

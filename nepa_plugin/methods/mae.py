@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nepa_plugin.methods.masked import MaskedMethod, SingleView, check_maskable, masked_encoder, with_prefix
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt
 
 
@@ -58,7 +59,7 @@ class MAE(MaskedMethod):
         pool: Literal["mean", "class"] = "class",
         base_lr: NonNegativeFloat = 1.5e-4,
         clip_grad_norm: NonNegativeFloat = 0.0,
-        ema_decay: FractionBelowOne = 0.0,
+        ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -98,7 +99,7 @@ class MAE(MaskedMethod):
         encoded = masked_encoder(self.backbone).encode(
             images, idx_keep=with_prefix(keep, self.backbone.num_prefix_tokens)
         )
-        loss = F.mse_loss(self.reconstruct(encoded, keep, masked), self.targets(images, masked))
+        loss = in_float32(F.mse_loss, self.reconstruct(encoded, keep, masked), self.targets(images, masked))
         return loss, self.pooled(encoded)
 
     def reconstruct(self, encoded: Tensor, keep: Tensor, masked: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from lightly.utils import dist
 from torch import Tensor
 
 from nepa_plugin.methods.momentum import MomentumMethod
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import BYOLViews
 from nepa_plugin.methods.whole_image import WholeImage
 from nepa_plugin.runtime.ranges import Fraction, PositiveFloat, PositiveInt
@@ -62,7 +63,8 @@ class MoCoV3(WholeImage, MomentumMethod):
         with torch.no_grad():
             targets = self.pooled(self.teacher_backbone.forward_features(torch.cat(views))).chunk(2)
             keys = [self.teacher_projection_head(view) for view in targets]
-        return self.contrast(queries[0], keys[1]) + self.contrast(queries[1], keys[0]), features[0]
+        losses = [in_float32(self.contrast, queries[i], keys[1 - i]) for i in range(2)]
+        return losses[0] + losses[1], features[0]
 
     def contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Return InfoNCE of queries (B, D) with keys (B, D), among the keys of all devices."""

@@ -37,7 +37,7 @@ class MomentumMethod(Method):
         *args: Any,
         momentum: Fraction = 0.996,
         final_momentum: Fraction = 1.0,
-        ema_decay: FractionBelowOne = 0.0,
+        ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, ema_decay=ema_decay, **kwargs)

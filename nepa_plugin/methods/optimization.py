@@ -92,7 +92,7 @@ class OptimizedModule(LightningModule):
     warmup_fraction: float
     warmup_steps: int | None
     clip_grad_norm: float
-    ema_decay: float
+    ema_decay: float | None
     nonfinite_steps: int
     #: The probe, which has a learning rate but no weight decay, and no part in clipping.
     online_classifier: Any
@@ -113,7 +113,12 @@ class OptimizedModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Attach the moving average, also where a user builds the trainer."""
-        return [FusedEMA(self.ema_decay)] if self.ema_decay else []
+        return [FusedEMA(self.ema_decay)] if self.averaged else []
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the weights have a moving average."""
+        return self.ema_decay is None or self.ema_decay > 0
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the trainable parameters without the probe's."""
@@ -170,11 +175,6 @@ class OptimizedModule(LightningModule):
             f"device(s) x {trainer.accumulate_grad_batches} accumulated. Learning rate {lr:.3g} = {self.base_lr:.3g} x "
             f"{self.global_batch_size} / 256, over {steps} steps, {warmup} of them warm-up."
         )
-        if self.ema_decay and steps * (1 - self.ema_decay) < 2:
-            rank_zero_warn(
-                f"The moving average with decay {self.ema_decay} spans {1 / (1 - self.ema_decay):.0f} steps, this run "
-                f"has {steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
-            )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Move the weight decay along its schedule."""

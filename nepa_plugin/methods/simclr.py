@@ -8,6 +8,7 @@ from lightly.models.modules.heads import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
 from torch import Tensor
 
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.methods.whole_image import WholeImage
 from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -47,7 +48,7 @@ class SimCLR(WholeImage):
         """Return the contrastive loss of two views (B, C, H, W), and the first one's features (B, D)."""
         features = self.pooled(self.backbone.forward_features(torch.cat(views)))
         first, second = self.projection_head(features).chunk(2)
-        return self.criterion(first, second), features.chunk(2)[0]
+        return in_float32(self.criterion, first, second), features.chunk(2)[0]
 
 
 transform = SimCLRTransform(normalize=NORMALIZE)

@@ -8,6 +8,7 @@ from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectio
 from lightly.transforms import SimSiamTransform
 from torch import Tensor
 
+from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.methods.whole_image import WholeImage
 from nepa_plugin.runtime.ranges import PositiveInt
@@ -47,9 +48,8 @@ class SimSiam(WholeImage):
         features = self.pooled(self.backbone.forward_features(torch.cat(views))).chunk(2)
         projections = [self.projection_head(view) for view in features]
         predictions = [self.prediction_head(projection) for projection in projections]
-        loss = self.criterion(predictions[0], projections[1].detach())
-        loss = loss + self.criterion(predictions[1], projections[0].detach())
-        return loss / 2, features[0]
+        losses = [in_float32(self.criterion, predictions[i], projections[1 - i].detach()) for i in range(2)]
+        return (losses[0] + losses[1]) / 2, features[0]
 
 
 transform = SimSiamTransform(normalize=NORMALIZE)

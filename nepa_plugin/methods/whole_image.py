@@ -96,7 +96,7 @@ class WholeImage(Method):
         betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
         warmup_fraction: FractionBelowOne = 40 / 300,
         clip_grad_norm: NonNegativeFloat = 0.0,
-        ema_decay: FractionBelowOne = 0.0,
+        ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,
     ) -> None:
         self.freeze_patch_projection = freeze_patch_projection

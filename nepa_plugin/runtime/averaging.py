@@ -7,10 +7,27 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import EMAWeightAveraging
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensors, local_tensor, shards_like
+
+#: The published decay, in pretraining and fine-tuning (arXiv 2512.16922).
+PUBLISHED_DECAY = 0.9999
+#: Spans of the average, 1 / (1 - d) steps, that a run must have: exp(-5) of its first weights is left at the end then.
+SPANS = 5
+
+
+def decay_for(steps: int) -> float:
+    """Return the published decay, or in a run too short for it the largest whose average forgets the first weights.
+
+    Args:
+        steps: Optimizer steps of the run.
+
+    Returns:
+        The decay.
+    """
+    return max(0.0, min(PUBLISHED_DECAY, 1 - SPANS / steps))
 
 
 class ModelAverage:
@@ -100,14 +117,18 @@ class FusedEMA(EMAWeightAveraging):
     under ``current_model_state``, ``n_averaged`` under ``averaging_state``) are Lightning's.
 
     Args:
-        decay: Decay of the average per optimizer step.
+        decay: Decay of the average per optimizer step; ``None`` is :func:`decay_for` the run's steps.
+
+    Attributes:
+        decay: The one in force.
     """
 
     _average_model: ModelAverage | None  # type: ignore[assignment]
 
-    def __init__(self, decay: float) -> None:
-        super().__init__(decay=decay)
-        self.decay = decay
+    def __init__(self, decay: float | None) -> None:
+        self.asked = decay
+        self.decay: float = PUBLISHED_DECAY if decay is None else decay
+        super().__init__(decay=self.decay)
 
     @property
     def state_key(self) -> str:
@@ -123,6 +144,25 @@ class FusedEMA(EMAWeightAveraging):
         """Start the averages of a model that only now is sharded."""
         if self._average_model is None:
             self._average_model = ModelAverage(pl_module, self.decay)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the decay to the run, or say that the one that was asked for does not."""
+        super().on_train_start(trainer, pl_module)
+        steps = trainer.estimated_stepping_batches
+        if self.asked is None:
+            self.decay = decay_for(int(steps)) if steps < float("inf") else PUBLISHED_DECAY
+            if self.decay < PUBLISHED_DECAY:
+                rank_zero_info(
+                    f"Moving average: decay {self.decay:.4g}. The published {PUBLISHED_DECAY} spans "
+                    f"{1 / (1 - PUBLISHED_DECAY):.0f} steps, this run has {steps}."
+                )
+        elif steps * (1 - self.decay) < 2:
+            rank_zero_warn(
+                f"The moving average with decay {self.decay} spans {1 / (1 - self.decay):.0f} steps, this run has "
+                f"{steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
+            )
+        assert self._average_model is not None
+        self._average_model.decay = self.decay
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the averages under ``state_dict`` and the current weights beside them."""

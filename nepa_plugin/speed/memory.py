@@ -57,7 +57,7 @@ def step_memory(method: Method, dtype: torch.dtype = torch.bfloat16, images: int
     trainable = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     weights = sum(p.nbytes for p in method.parameters())
     # weights and their average; gradient and two moments of what is trained
-    state = weights * (2 if method.ema_decay else 1) + 3 * trainable
+    state = weights * (2 if method.averaged else 1) + 3 * trainable
     return StepMemory(state, saved)
 
 

@@ -16,24 +16,39 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from nepa_plugin.checkpoints import write_tensors
 from nepa_plugin.data.samples import trained_batches
 from nepa_plugin.methods.optimization import OptimizedModule
+from nepa_plugin.predictor import ResidentRope
 
 
 class StepSeed(Callback):
-    """Make the random numbers of every training batch a function of the seed and the batch's number.
+    """Make the random numbers of every training batch a function of the seed, the batch's number and the process.
 
-    RoPE rescaling, dropout and stochastic depth are then the same in a resumed run as in one that was never stopped,
-    and, as with Lightning's ``seed_everything``, the same on every rank.
+    Masks, dropout and stochastic depth are then the same in a resumed run as in one that was never stopped, and no two
+    processes draw the same for their images. RoPE's rescaling, one factor for all images of a step, is the same in
+    every process.
 
     Args:
         seed: Seed of the run.
     """
+
+    #: Between the seeds of two processes: odd and large, since the CPU's generator reads no more than 32 bits of them.
+    STRIDE = 2_654_435_761
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed the generators."""
-        torch.manual_seed((self.seed * 1_000_003 + trained_batches(trainer)) % 2**63)
+        batches, rank = self.place(trainer)
+        seed = self.seed * 1_000_003 + batches
+        torch.manual_seed((seed + self.STRIDE * rank) % 2**63)
+        for module in pl_module.modules():
+            if isinstance(module, ResidentRope):
+                module.seed_factors(seed % 2**63)
+
+    @staticmethod
+    def place(trainer: Trainer) -> tuple[int, int]:
+        """Return the batch's number in the run, and the process."""
+        return trained_batches(trainer), trainer.global_rank
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -66,7 +66,7 @@ def run_summary(trainer: Trainer, name: str, clock: RunClock, cost: TrainingCost
         "backbone": backbone_config(method.backbone),
         "backbone_class": type(method.backbone).__name__,
         "attention": method.attention,
-        "exported": "moving average" if method.ema_decay else method.exported,
+        "exported": "moving average" if method.averaged else method.exported,
         **asdict(cost),
         **provenance(),
     }

@@ -1,10 +1,12 @@
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -24,6 +26,9 @@ from nepa_plugin.evaluation import (
 )
 from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.cache import weights_hash
+from nepa_plugin.evaluation.finetune import finetune
+from nepa_plugin.evaluation.images import ImageFormat, open_images
+from nepa_plugin.evaluation.processes import launch
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5}
@@ -245,6 +250,28 @@ def test_knn_reads_the_depth_that_was_asked_for(model, folder):
     rows = {(row["depth"], row["pool"]): row for row in result["protocols"]["readout"]["rows"]}
     assert result["protocols"]["knn"]["top1"] == rows["block 1", "last"]["knn"]
     assert result["protocols"]["knn"]["options"]["temperature"] == 0.05
+
+
+def test_one_seed_is_one_fine_tuning(model, folder):
+    """With the whole augmentation, which draws from torch, NumPy and Python; and the generators stay as they are."""
+    results, states = [], []
+    for seed, start in ((3, 1), (3, 2), (4, 1)):
+        random.seed(start)
+        np.random.seed(start)
+        torch.manual_seed(start)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        images, form = open_images(folder), ImageFormat.of(model)
+        options = FinetuneOptions(epochs=2, batch_size=16)
+        scores, network = finetune(model, images, form, launch("cpu"), options, num_workers=0, seed=seed)
+        after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        assert before == after
+        results.append(scores)
+        states.append(network.state_dict())
+    assert results[0] == results[1]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[0].items())
+    # 61 images make three steps an epoch: nothing of the first weights is left in the average
+    assert results[0]["ema_decay"] == pytest.approx(1 - 5 / 6)
 
 
 @pytest.mark.slow

@@ -80,8 +80,9 @@ def test_two_processes_follow_one(name, whole, two_processes):
 @pytest.mark.parametrize("name", ["nepa", "simsiam", "byol", "mae", "ijepa", "aim"])
 def test_two_processes_are_two_halves_of_a_batch(name, two_processes, tmp_path, monkeypatch):
     """Where images are not compared over the batch: one process with the halves one after the other does the same."""
-    # a seed per step and not per half: every process draws the same masks for its half
-    monkeypatch.setattr(callbacks, "trained_batches", lambda trainer: samples.trained_batches(trainer) // 2)
+    # each half draws the masks that its process draws
+    place = staticmethod(lambda trainer: divmod(samples.trained_batches(trainer), 2))
+    monkeypatch.setattr(callbacks.StepSeed, "place", place)
     halves = ["--data.batch_size_per_device", "32", "--trainer.limit_train_batches", "6"]
     train(name, tmp_path / "one", *SHORT, *RANKS, *halves)
     runs = tmp_path / "one", two_processes / name

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import nepa_plugin.methods
-from nepa_plugin.runtime.averaging import FusedEMA, ModelAverage
+from nepa_plugin.runtime.averaging import FusedEMA, ModelAverage, decay_for
 
 DECAY = 0.99
 
@@ -100,6 +100,32 @@ def test_swap_and_copy():
     assert all(torch.equal(v, averages[k]) for k, v in model.state_dict().items())
     with pytest.raises(KeyError, match=r"3\.bias"):
         average.load_state_of(model, {k: v for k, v in averages.items() if k != "3.bias"})
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(1, 0), (5, 0), (252, 1 - 5 / 252), (50_000, 0.9999), (10**6, 0.9999)])
+def test_the_published_decay_is_lowered_in_a_short_run(steps, decay):
+    assert decay_for(steps) == pytest.approx(decay, abs=1e-12)
+
+
+def test_the_decay_that_is_said_is_in_force(tmp_path, caplog):
+    """By default that of the run's length, and of the longer one when it goes on; a number of one's own is kept."""
+    averages, update = [], ModelAverage.update_parameters
+    few = ["--trainer.limit_train_batches", "6", "--model.ema_decay"]
+
+    def record(self, module):
+        averages.append(self.decay)
+        update(self, module)
+
+    caplog.set_level("INFO", "pytorch_lightning.utilities.rank_zero")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelAverage, "update_parameters", record)
+        run("--run_dir", tmp_path / "run", *few, "null", "--trainer.max_epochs", 1)
+        run("--run_dir", tmp_path / "run", *few, "null", "--trainer.max_epochs", 2, "--ckpt_path", "last")
+        with pytest.warns(UserWarning, match=r"decay 0\.9999 spans 10000 steps, this run has 6: .* Lower ema_decay"):
+            run("--run_dir", tmp_path / "own", *few, 0.9999, "--trainer.max_epochs", 1)
+    assert averages == [pytest.approx(1 - 5 / 6)] * 6 + [pytest.approx(1 - 5 / 12)] * 6 + [0.9999] * 6
+    for said in ("decay 0.1667. The published 0.9999 spans 10000 steps, this run has 6.", "decay 0.5833. The"):
+        assert f"Moving average: {said}" in caplog.text
 
 
 def test_a_checkpoint_of_lightnings_average_is_resumed(tmp_path, monkeypatch):

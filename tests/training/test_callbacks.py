@@ -1,11 +1,15 @@
-"""The line per epoch, which says what the epoch was."""
+"""Seeds of the steps; the line per epoch, which says what the epoch was."""
 
 from types import SimpleNamespace
 
+import torch
+from lightly.models.utils import random_token_mask
 from pretraining import curve, run
 from pytorch_lightning.callbacks import Callback
 
+from nepa_plugin import NepaViT
 from nepa_plugin.training import callbacks
+from nepa_plugin.training.callbacks import StepSeed
 
 SECONDS = [0.0]
 
@@ -33,3 +37,21 @@ def test_each_line_is_its_epochs_own(tmp_path, capsys, monkeypatch):
         score = f"  val top-1 {scores[3 * epoch + 2]:.4g}" if epoch % 2 else ""
         speed = f"  images/s {128 / (epoch + 1):.4g}"
         assert line == f"epoch {epoch + 1}/5  step {3 * epoch + 3}  loss {mean:.4g}{score}{speed}"
+
+
+def test_no_two_processes_draw_the_same_masks():
+    """MAE's masks of eight processes, in two steps: all different; the factor of RoPE is the same in all of a step."""
+    module = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2).train()
+    masks, factors = [], {}
+    for step in range(2):
+        for rank in range(8):
+            trainer = SimpleNamespace(global_rank=rank)
+            seeding = StepSeed(1337)
+            seeding.place = lambda _, step=step, rank=rank: (step, rank)
+            seeding.on_train_batch_start(trainer, module, None, 0)
+            masks.append(random_token_mask((32, 64), 0.75)[1])
+            factors.setdefault(step, []).append(module.rope.get_embed())
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 16
+    for same in factors.values():
+        assert all(torch.equal(table, same[0]) for table in same)
+    assert not torch.equal(factors[0][0], factors[1][0])

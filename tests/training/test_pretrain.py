@@ -293,4 +293,4 @@ def test_configs_parse(name, capsys, tmp_path):
     if name.startswith("nepa_vit"):
         assert config["global_batch_size"] == 4096 and config["trainer"]["max_epochs"] == 1600
         recipe = config["model"]["init_args"]
-        assert (recipe["base_lr"], recipe["warmup_fraction"], recipe["ema_decay"]) == (3e-4, 0.025, 0.9999)
+        assert (recipe["base_lr"], recipe["warmup_fraction"], recipe["ema_decay"]) == (3e-4, 0.025, None)
