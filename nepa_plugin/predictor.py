@@ -51,7 +51,7 @@ class ResidentRope(RotaryEmbeddingDinoV3):
         augmented = not no_aug and self.training and self.aug_active
         if augmented and self._factor_seed is not None:
             # on the CPU, and a number: as a tensor it would have to be copied over
-            generator, bound = torch.Generator().manual_seed(self._factor_seed), math.log(self.rescale_coords)
+            generator, bound = torch.Generator().manual_seed(self._factor_seed), math.log(self.rescale_coords or 1.0)
             self._factors_drawn += 1
             drawn = torch.empty(self._factors_drawn).uniform_(-bound, bound, generator=generator)
             self._factor, no_aug = drawn[-1].exp().item(), True

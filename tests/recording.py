@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import Callback
 
 from nepa_plugin.runtime.sharding import full_tensor, local_tensor
+from nepa_plugin.training.stopping import StopTogether
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "lightly_configs" / "nepa_demo.yaml"
@@ -52,6 +54,19 @@ class Recorder(Callback):
             "held_bytes": sum(local_tensor(t).numel() * 4 for t in held),
         }
         torch.save(record, Path(trainer.default_root_dir) / f"record-{trainer.global_rank}.pt")
+
+
+class Hangs(Callback):
+    """In the fourth batch every rank gets SIGTERM, and the last one answers no more."""
+
+    def __init__(self):
+        StopTogether.SECONDS = 2.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if trainer.global_rank == trainer.world_size - 1:
+                time.sleep(600)
 
 
 class Ranks(Callback):

@@ -20,7 +20,7 @@ SMALL = {
 #: What the recipes differ in, per method: base_lr, min_lr, weight_decay, final_weight_decay, betas, warm-up, clipping.
 #: Sources: each class's docstring.
 RECIPES = {
-    "NEPA": (3e-4, 0.0, 0.05, None, (0.9, 0.95), 0.025, 1.0, 0.9999),
+    "NEPA": (3e-4, 0.0, 0.05, None, (0.9, 0.95), 0.025, 1.0, None),
     "SimCLR": (2e-4, 0.0, 0.1, None, (0.9, 0.999), 40 / 300, 0.0, 0.0),
     "MoCoV3": (1.5e-4, 0.0, 0.1, None, (0.9, 0.999), 40 / 300, 0.0, 0.0),
     "SimSiam": (1.5e-4, 0.0, 0.1, None, (0.9, 0.999), 40 / 300, 0.0, 0.0),
