@@ -22,6 +22,7 @@ ARGUMENTS = {
     "timm.models._input.update_model_args": ["model"],
     "timm.models._manipulate.checkpoint": ["function"],
     "timm.layers.RotaryEmbeddingDinoV3._create_embed": ["feat_shape", "no_aug"],
+    "timm.layers.RotaryEmbeddingDinoV3._get_pos_embed_from_coords": ["coords"],
     "timm.models.eva.Eva._init_weights": ["m", "needs_reset"],
     "pytorch_lightning.trainer.connectors.signal_connector._SignalConnector._sigterm_notifier_fn": ["signum", "_"],
     "pytorch_lightning.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor": [],
@@ -115,7 +116,7 @@ def trees():
 
 def used():
     """Return (file, name) of the private names that the package uses and does not define, and of what it overrides."""
-    own, seen = {"_asdict"}, set()  # namedtuple's _asdict is public
+    own, seen = {"_asdict", "_exit"}, set()  # namedtuple's and os's are public
     for file, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
