@@ -1,6 +1,9 @@
 """The pretraining command on the digits, small, as the tests run it."""
 
 import csv
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +29,19 @@ def run(*args, code=None):
         main(arguments, BASE)
     assert error.value.code == code
     return None
+
+
+def finished(arguments, seconds=300, **environment):
+    """Run a command to its end; if it hangs, fail with what every thread of it was doing."""
+    variables = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONFAULTHANDLER="1", **environment)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=variables) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out[-1000:] + err[-8000:]
 
 
 def curve(run_dir, name="train_loss"):

@@ -128,12 +128,6 @@ class StopTogether(Callback):
         if self._deadline is not None:
             self._deadline.beat()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Wait for the last answer, so that no process has left while another is still owed its part."""
-        if self._sent is not None:
-            self._sent[0].wait()
-            self._sent = None
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the signals to others."""
         if self._deadline is not None:
