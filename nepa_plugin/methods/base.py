@@ -236,7 +236,7 @@ class Method(OptimizedModule):
         loss, features = self.step(views)
         bad = ~loss.detach().isfinite()
         self._nonfinite_loss = bad if self._nonfinite_loss is None else self._nonfinite_loss | bad
-        self.log("train_loss", self._mean_over_devices(loss), prog_bar=True)
+        self.log("train_loss", self._mean_over_devices(loss))  # prog_bar would wait for the device in every step
         self.log(
             "epoch_loss",
             loss.detach(),
@@ -286,7 +286,7 @@ class Method(OptimizedModule):
         now = time.perf_counter()
         if self._clock is not None and trainer.global_step > self._clock[1]:
             images = (trainer.global_step - self._clock[1]) * self.global_batch_size
-            self.log("images_per_second", images / (now - self._clock[0]), prog_bar=True)
+            self.log("images_per_second", images / (now - self._clock[0]))
         if self._clock is None or trainer.global_step > self._clock[1]:
             self._clock = now, trainer.global_step
 

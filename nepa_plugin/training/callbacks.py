@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
@@ -49,6 +49,29 @@ class StepSeed(Callback):
     def place(trainer: Trainer) -> tuple[int, int]:
         """Return the batch's number in the run, and the process."""
         return trained_batches(trainer), trainer.global_rank
+
+
+class LoggedBar(RichProgressBar):
+    """Lightning's bar with loss and speed as they were last logged.
+
+    Lightning converts what is logged for the bar to a number in every batch, and each time the host waits until the
+    device has computed it. What is logged is converted anyway, once in ``log_every_n_steps``.
+    """
+
+    NAMES = "train_loss", "images_per_second"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._shown: dict[str, tuple[Any, float]] = {}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return what the bar shows: Lightning's own, and the logged values, each converted once."""
+        for name in self.NAMES:
+            value = trainer.logged_metrics.get(name)
+            if value is not None and (name not in self._shown or self._shown[name][0] is not value):
+                self._shown[name] = value, float(value)
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)  # type: ignore[assignment]
+        return metrics | {name: shown for name, (_, shown) in self._shown.items()}
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Optional
 import torch
 import torch.distributed as dist
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
@@ -30,7 +29,7 @@ from nepa_plugin.runtime.boundary import boundary, in_words
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
 from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt, Range, check_hints
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
-from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, RunClock, StepSeed
+from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, LoggedBar, RunClock, StepSeed
 from nepa_plugin.training.configs import merged_configs
 from nepa_plugin.training.metrics_file import KeepingCSVLogger, KeptMetrics
 from nepa_plugin.training.outputs import run_summary, write_outputs
@@ -161,7 +160,7 @@ class PretrainCLI(LightningCLI):
         ]
         if given.enable_progress_bar in (None, True):
             terminal = sys.stdout.isatty()
-            callbacks.append(RichProgressBar(refresh_rate=10, leave=False) if terminal else EpochLines(self.clock))
+            callbacks.append(LoggedBar(refresh_rate=10, leave=False) if terminal else EpochLines(self.clock))
             kwargs["enable_progress_bar"] = terminal
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Callback
 
 from nepa_plugin import NepaViT
 from nepa_plugin.training import callbacks
-from nepa_plugin.training.callbacks import StepSeed
+from nepa_plugin.training.callbacks import LoggedBar, StepSeed
 
 SECONDS = [0.0]
 
@@ -55,3 +55,21 @@ def test_no_two_processes_draw_the_same_masks():
     for same in factors.values():
         assert all(torch.equal(table, same[0]) for table in same)
     assert not torch.equal(factors[0][0], factors[1][0])
+
+
+def test_the_bar_shows_what_was_logged_and_converts_it_once():
+    class Loss(float):
+        conversions = 0
+
+        def __float__(self):
+            Loss.conversions += 1
+            return float.__float__(self)
+
+    bar, logged = LoggedBar(), {}
+    trainer = SimpleNamespace(logged_metrics=logged, progress_bar_metrics={}, loggers=[])
+    assert "train_loss" not in bar.get_metrics(trainer, None)
+    for value in (0.5, 0.25):
+        logged["train_loss"] = Loss(value)
+        for _ in range(3):
+            assert bar.get_metrics(trainer, None)["train_loss"] == value
+    assert Loss.conversions == 2
