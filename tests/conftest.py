@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -11,7 +13,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 DATA = Path(__file__).parent / "data"
 #: Files that take a minute and more.
 _LONGEST = ["test_scaling", "test_all_processes", "test_all"]
+#: What Lightning leaves in a process that trained with a strategy of several: its next command would wait for others.
+_OF_A_LAUNCH = ["LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"]
 TOY, TOY_CLASSIFIER = DATA / "nepa-toy-gelu", DATA / "nepa-toy-gelu-classifier"
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(ImportError):
+            import yapf  # noqa: F401  mmengine's; two processes that import it first read each other's half of a cache
+    # A job in a script's background ignores it, and so would the commands that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -55,6 +68,17 @@ _PORTS = _ports()
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     os.environ["MASTER_PORT"] = next(_PORTS)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    before = {name: os.environ.get(name) for name in _OF_A_LAUNCH}
+    result = yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    return result
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -33,7 +33,8 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
         The devices.
 
     Raises:
-        DeviceError: If CUDA is asked for and missing, more devices than there are, or something that is no device.
+        DeviceError: If CUDA is asked for and missing, more devices than there are, or something that is no device;
+            or if the environment says that this is one process of a group, but not of how many.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
@@ -53,8 +54,7 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     if devices in ("auto", -1):
-        count = gpus if accelerator == "cuda" else 1
-        return Devices(accelerator, count, count)
+        devices = gpus if accelerator == "cuda" else 1
     if isinstance(devices, str):
         if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*,?\s*", devices):
             raise DeviceError(f"--trainer.devices {devices!r} is no number, no list of GPU indices, and not 'auto'.")
@@ -67,6 +67,12 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
         raise DeviceError(
             f"--trainer.devices {devices} asks for more than this machine has: {available} {what}. Lower it, or leave "
             "it out."
+        )
+    if wanted > 1 and "LOCAL_RANK" in os.environ and not {"WORLD_SIZE", "SLURM_NTASKS"} & set(os.environ):
+        # Lightning would take this process for one of a group that somebody else started, and wait for the others.
+        raise DeviceError(
+            "LOCAL_RANK is set and WORLD_SIZE is not, so no other process would be started. Take LOCAL_RANK out of the "
+            "environment (unset LOCAL_RANK), or set WORLD_SIZE too if your launcher starts every process itself."
         )
     return Devices(accelerator, devices, wanted)
 

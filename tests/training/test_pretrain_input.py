@@ -161,3 +161,12 @@ def test_one_line(options, message, place, monkeypatch, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert {path.name for path in Path().iterdir()} == before
+
+
+def test_one_process_of_an_unknown_group(place, monkeypatch, capsys):
+    """Lightning would start no other process and wait for them."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    run("--run_dir", "run", "--trainer.devices", "2", code=2)
+    assert "error: LOCAL_RANK is set and WORLD_SIZE is not" in capsys.readouterr().err
+    assert not Path("run").exists()
