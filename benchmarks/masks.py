@@ -32,7 +32,7 @@ def main() -> None:
     paper = (0.85, 1.0), (0.15, 0.2), (0.75, 1.5)
     lightlys, ours = IJEPAMaskCollator(GRID, 1, *paper, 1, 4, 10), BlockMasks(GRID, *paper, 4, 10)
     cases = {
-        "I-JEPA": [lambda: lightlys([0] * IMAGES), lambda: ours.sample(IMAGES, "cpu")],
+        "I-JEPA": [lambda: lightlys([0] * IMAGES), lambda: ours(IMAGES)],
         "iBOT, two views": [
             lambda: random_block_mask((2 * IMAGES, GRID, GRID)),
             lambda: random_block_masks(2 * IMAGES, GRID),

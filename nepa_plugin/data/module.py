@@ -16,10 +16,17 @@ from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
 from nepa_plugin.data.files import MAX_PIXELS, check_files, class_names, fingerprint, image_folder
-from nepa_plugin.data.pipelines import FileDataset, PipelineName, build_pipeline
+from nepa_plugin.data.pipelines import (
+    FileDataset,
+    MaskedPipeline,
+    PipelineDataset,
+    PipelineName,
+    build_pipeline,
+)
 from nepa_plugin.data.samples import (
     DataError,
     EpochBatchSampler,
+    EqualShares,
     ResumableLoader,
     SeededDataset,
     loader_workers,
@@ -185,10 +192,16 @@ class ImageData(LightningDataModule):
         return divmod(trained_batches(self.trainer), max(1, length))
 
     def train_dataloader(self) -> ResumableLoader | ShardLoader:
-        """Return batches of (views, labels, filenames), of which the pipeline's last part is still to be done."""
+        """Return batches of (views, labels, filenames), and of masks where the method has any.
+
+        The last part of the pipeline is still to be done with the views.
+        """
         assert self.trainer is not None
         workers, method, rank = self._workers(), self.trainer.lightning_module, self.trainer.global_rank
         self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        masks = getattr(method, "masks", None)
+        if masks is not None:
+            self._pipeline = MaskedPipeline(self._pipeline, masks)
         if self.train_shards is not None:
             shards = ShardDataset(
                 self.train_shards,
@@ -202,9 +215,10 @@ class ImageData(LightningDataModule):
                 self.max_image_pixels,
             )
             return ShardLoader(shards, self._position, workers)
-        dataset = self._dataset(self.train_images, method.train_transform())
-        if self.pipeline != "pil":
-            dataset = FileDataset(self.train_images, self._pipeline, self.seed, dataset.indices, self.on_bad_image)
+        images = self.train_images
+        assert images is not None
+        cls = PipelineDataset if self.pipeline == "pil" else FileDataset
+        dataset = cls(images, self._pipeline, self.seed, self._indices[id(images)], self.on_bad_image)
         sampler = EpochBatchSampler(
             len(dataset),
             self.batch_size_per_device,
@@ -260,24 +274,26 @@ class ImageData(LightningDataModule):
             )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Do the device's part of the pipeline; the method gets (views, labels, filenames) as from PIL."""
+        """Do the device's part of the pipeline; the method gets the same as from PIL."""
         if self.pipeline == "pil" or self.trainer is None or not self.trainer.training:
             return batch
-        views, labels, filenames = batch
-        batch = [self._pipeline.finish(views, labels.device, filenames), labels, filenames]
+        views, labels, filenames, *masks = batch
+        batch = [self._pipeline.finish(views, labels.device, filenames), labels, filenames, *masks]
         return self.trainer.precision_plugin.convert_input(batch)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of (images, labels, filenames); every image once, whatever the number of processes."""
+        """Return batches of (images, labels, filenames), as many for every process.
+
+        Every image comes once over all processes, but for images of class ``PADDING``, which fill up the last batches.
+        """
         if self.val_images is None or self.num_classes == 0:
             return []
         assert self.trainer is not None
         transform = self.trainer.lightning_module.eval_transform(self.crop_pct)
         dataset = self._dataset(self.val_images, transform)
-        dataset.indices = dataset.indices[self.trainer.global_rank :: self.trainer.world_size]
         workers = self._workers()
         return DataLoader(
-            dataset,
+            EqualShares(dataset, self.trainer.global_rank, self.trainer.world_size),
             batch_size=self.batch_size_per_device,
             num_workers=workers,
             persistent_workers=workers > 0,

@@ -6,6 +6,7 @@ All three draw the same crops and flips for the same (seed, epoch, index); only 
 import io
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,8 +21,9 @@ from torchvision.transforms.v2 import functional as F
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import IMAGE_ERRORS
 from nepa_plugin.data.resample import resize_crops
-from nepa_plugin.data.samples import SeededDataset, generators_of, torch_seeded
+from nepa_plugin.data.samples import SeededDataset, generators_of, sample_seed, torch_seeded
 from nepa_plugin.data.transforms import CropFlip, crop_flip
+from nepa_plugin.runtime.transfer import to_device
 
 PipelineName = Literal["pil", "tensor", "device"]
 ViewKey = tuple[int, int, int]  # (seed, epoch, index)
@@ -58,10 +60,18 @@ def _file(data: Tensor) -> io.BytesIO:
     return io.BytesIO(data.numpy().tobytes())
 
 
+@lru_cache
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation (3, 1, 1) on the device; torchvision copies them there for every batch."""
+    first, second = (torch.tensor(values)[:, None, None].to(device) for values in (mean, std))
+    return first, second
+
+
 def _normalised(pixels: Tensor, augmentation: CropFlip) -> Tensor:
     """Return pixels (B, 3, H, W) from 0 to 255 as ``ToTensor`` and ``Normalize`` do, with one copy."""
     scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(255)
-    return F.normalize(scaled, list(augmentation.mean), list(augmentation.std), inplace=True)
+    mean, std = _statistics(tuple(augmentation.mean), tuple(augmentation.std), pixels.device)
+    return scaled.sub_(mean).div_(std)
 
 
 class PilPipeline:
@@ -72,6 +82,8 @@ class PilPipeline:
     """
 
     collate: Callable[[list[Any]], Any] = MultiViewCollate()
+    #: Whether Pillow opens every image, and so looks at its number of pixels.
+    opens_with_pillow = True
 
     def __init__(self, transform: Callable[[Image.Image], list[Tensor]]) -> None:
         self.transform = transform
@@ -101,6 +113,8 @@ class TensorPipeline(PilPipeline):
         augmentation: What to do.
     """
 
+    opens_with_pillow = False
+
     def __init__(self, augmentation: CropFlip) -> None:
         self.augmentation = augmentation
 
@@ -124,24 +138,33 @@ class TensorPipeline(PilPipeline):
 class PackedImages:
     """A batch of image files on its way from the loader to the device.
 
-    One tensor holds all the bytes, because every tensor that a loader process sends costs a file descriptor. It has no
-    ``to``, so that Lightning leaves it where it is: nvJPEG reads its input on the CPU.
+    One tensor holds the bytes of all files, because every tensor that a loader process sends costs a file descriptor,
+    and one the pixels of all that is decoded already, which go to the device in one copy. It has no ``to``, so that
+    Lightning leaves it where it is: nvJPEG reads its input on the CPU.
 
     Args:
-        data: Bytes of files, or of decoded pixels (3, H, W), one image after the other.
+        files: Bytes of the JPEG files, one image after the other.
+        pixels: Decoded pixels (3, H, W) of the other images.
         table: Per image: bytes, whether it is a JPEG file, height and width of the image, top, left, height and width
             of the crop, and whether to flip; (B, 9).
     """
 
-    def __init__(self, data: Tensor, table: Tensor) -> None:
-        self.data = data
+    def __init__(self, files: Tensor, pixels: Tensor, table: Tensor) -> None:
+        self.files = files
+        self.pixels = pixels
         self.table = table
+
+    def pin_memory(self) -> "PackedImages":
+        """Pin what goes to the device; torch's loader calls this where it pins a batch."""
+        return PackedImages(self.files, self.pixels.pin_memory(), self.table)
 
     @classmethod
     def collate(cls, samples: list[Any]) -> Any:
         """Return (packed images, labels (B,), filenames)."""
         images, labels, filenames = zip(*samples, strict=True)
-        packed = cls(torch.cat([data for data, _ in images]), torch.tensor([row for _, row in images]))
+        none = torch.empty(0, dtype=torch.uint8)
+        files, pixels = ([data for data, row in images if row[1] == jpeg] for jpeg in (True, False))
+        packed = cls(torch.cat([none, *files]), torch.cat([none, *pixels]), torch.tensor([row for _, row in images]))
         return packed, torch.tensor(labels), list(filenames)
 
 
@@ -156,6 +179,7 @@ class DevicePipeline(TensorPipeline):
     """
 
     collate = PackedImages.collate
+    opens_with_pillow = True
 
     def load(self, data: Tensor) -> Any:
         """Return a file's bytes (N,), whether it is a JPEG, and the image's height and width in pixels."""
@@ -179,12 +203,11 @@ class DevicePipeline(TensorPipeline):
             DataError: If a file's header is readable and its pixels are not.
         """
         rows = views.table.tolist()
-        data = views.data.split(views.table[:, 0].tolist())
-        jpegs = [i for i, row in enumerate(rows) if row[1]]
-        pixels = {i: data[i].view(3, *rows[i][2:4]).to(device) for i in range(len(rows)) if not rows[i][1]}
-        pixels |= zip(
-            jpegs, _decode_jpegs([data[i] for i in jpegs], device, [filenames[i] for i in jpegs]), strict=True
-        )
+        jpegs, decoded = ([i for i, row in enumerate(rows) if bool(row[1]) == jpeg] for jpeg in (True, False))
+        files = list(views.files.split([rows[i][0] for i in jpegs]))
+        parts = to_device(views.pixels, device).split([rows[i][0] for i in decoded])
+        pixels = {i: part.view(3, *rows[i][2:4]) for i, part in zip(decoded, parts, strict=True)}
+        pixels |= zip(jpegs, _decode_jpegs(files, device, [filenames[i] for i in jpegs]), strict=True)
         crops = []
         for i, (*_, top, left, height, width, _) in enumerate(rows):
             crops.append(pixels[i][:, top : top + height, left : left + width])
@@ -206,6 +229,42 @@ def _decode_jpegs(data: list[Tensor], device: torch.device, names: list[str]) ->
         except IMAGE_ERRORS as error:
             raise DataError(f"{name} cannot be read: {error}") from error
     return decoded
+
+
+class MaskedPipeline(PilPipeline):
+    """A pipeline whose batches have a fourth part: what the method draws once per batch.
+
+    It is drawn where the batch is put together, in a loader process, as a function of (seed, epoch) and of the batch's
+    first image: processes and accumulated batches have masks of their own, and a resumed run has those it had.
+
+    Args:
+        pipeline: What to do with an image.
+        draw: From a number of images to tensors, drawn from torch's global CPU generator.
+    """
+
+    def __init__(self, pipeline: PilPipeline, draw: Callable[[int], Any]) -> None:
+        self.pipeline = pipeline
+        self.draw = draw
+        self.opens_with_pillow = pipeline.opens_with_pillow
+        self.collate = self._collate
+
+    def load(self, data: Tensor) -> Any:
+        """Return what the inner pipeline does."""
+        return self.pipeline.load(data)
+
+    def view(self, image: Any, key: ViewKey) -> Any:
+        """Return the image's part of a batch, and the seed of the masks if it is the first one."""
+        return self.pipeline.view(image, key), sample_seed(*key, 1)
+
+    def _collate(self, samples: list[Any]) -> Any:
+        """Return (views, labels, filenames, masks)."""
+        batch = self.pipeline.collate([(view, label, filename) for (view, _), label, filename in samples])
+        with torch_seeded(samples[0][0][1]):
+            return *batch, self.draw(len(samples))
+
+    def finish(self, views: Any, device: torch.device, filenames: list[str]) -> list[Tensor]:
+        """Return what the inner pipeline does."""
+        return self.pipeline.finish(views, device, filenames)
 
 
 def build_pipeline(name: PipelineName, transform: Callable[[Image.Image], list[Tensor]], method: str) -> PilPipeline:
@@ -233,12 +292,12 @@ def build_pipeline(name: PipelineName, transform: Callable[[Image.Image], list[T
     return {"tensor": TensorPipeline, "device": DevicePipeline}[name](augmentation)
 
 
-class FileDataset(SeededDataset):
-    """A view of a ``LightlyDataset`` whose files go through a pipeline instead of lightly's loader and a transform.
+class PipelineDataset(SeededDataset):
+    """A view of a ``LightlyDataset`` whose images, read by lightly, become a pipeline's parts of a batch.
 
     Args:
         dataset: The images.
-        pipeline: What to do with a file.
+        pipeline: What to do with an image.
         seed: Seed of the run.
         indices: The images to use, by index into ``dataset``.
         on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
@@ -250,12 +309,16 @@ class FileDataset(SeededDataset):
         super().__init__(dataset, pipeline.view, seed, indices, on_bad_image)
         self.pipeline = pipeline
 
+    def view(self, image: Any, key: ViewKey) -> Any:
+        """Return the image's part of a batch; ``key`` is (seed, epoch, index)."""
+        return self.pipeline.view(image, key)
+
+
+class FileDataset(PipelineDataset):
+    """The same for a pipeline that reads the files itself."""
+
     def load(self, position: int) -> tuple[Any, int, str]:
         """Return (what the pipeline loads, class index, filename) of the image at ``position`` of the dataset."""
         path, target = self.dataset.dataset.samples[position]
         data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
         return self.pipeline.load(data), target, self.dataset.index_to_filename(self.dataset.dataset, position)
-
-    def view(self, image: Any, key: ViewKey) -> Any:
-        """Return the image's part of a batch; ``key`` is (seed, epoch, index)."""
-        return self.pipeline.view(image, key)

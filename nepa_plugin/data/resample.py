@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from nepa_plugin.runtime.transfer import to_device
+
 #: Padded pixels that are resampled at once; bounds the memory, at 12 bytes each, where one image of a batch is large.
 GROUP_PIXELS = 2**25
 
@@ -60,7 +62,7 @@ def resize_crops(crops: list[Tensor], flips: Tensor, size: tuple[int, int], inte
     device = crops[0].device
     order = sorted(range(len(crops)), key=lambda i: crops[i][0].numel())  # like sizes together: little padding
     table = torch.tensor([[i, *crops[i].shape[1:], bool(flips[i])] for i in order])
-    table = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table  # no wait
+    table = to_device(table, device)
     resized = torch.empty(len(crops), 3, *size, device=device)
     start = 0
     for group in _groups([crops[i] for i in order]):

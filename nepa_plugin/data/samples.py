@@ -114,6 +114,36 @@ class SeededDataset(Dataset[tuple[Any, int, str]]):
         raise DataError(f"{self.dataset.input_dir} holds no readable image.")
 
 
+#: The class index of a sample that only keeps a process in step with the others; not to be scored.
+PADDING = -1
+
+
+class EqualShares(Dataset[tuple[Any, int, str]]):
+    """Samples ``rank::world_size`` of a dataset, as many for every rank.
+
+    Ranks that would have one fewer repeat a sample with class :data:`PADDING`: with sharded weights every forward pass
+    needs all ranks, and one with a batch more than the others would wait for them for ever.
+
+    Args:
+        dataset: The samples, at least one.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, dataset: SeededDataset, rank: int = 0, world_size: int = 1) -> None:
+        self.dataset = dataset
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.world_size)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, str]:
+        place = index * self.world_size + self.rank
+        image, target, filename = self.dataset[place % len(self.dataset)]
+        return image, target if place < len(self.dataset) else PADDING, filename
+
+
 class EpochBatchSampler:
     """Batches of (epoch, index) keys: a shuffle per epoch, split over processes, that can start anywhere.
 

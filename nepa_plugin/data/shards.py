@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import IMAGE_ERRORS, IMAGE_EXTENSIONS, MAX_PIXELS, pixel_limit
-from nepa_plugin.data.pipelines import PilPipeline, TensorPipeline
+from nepa_plugin.data.pipelines import PilPipeline
 from nepa_plugin.data.samples import ResumableLoader
 from nepa_plugin.data.sources import beside, import_webdataset, is_local, shard_name, shard_urls
 from nepa_plugin.runtime.reading import JSON_BYTES, read_text
@@ -254,7 +254,7 @@ class ShardDataset(IterableDataset[Any]):
             waiting.append(index)
             try:
                 with pixel_limit(self.max_pixels):
-                    if type(self.pipeline) is TensorPipeline:  # the others ask Pillow first, and it looks at the bound
+                    if not self.pipeline.opens_with_pillow:  # which looks at the bound
                         Image.open(io.BytesIO(data)).close()
                     sample = self.pipeline.load(torch.frombuffer(bytearray(data), dtype=torch.uint8)), label, name
             except IMAGE_ERRORS as error:

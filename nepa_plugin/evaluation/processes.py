@@ -18,7 +18,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from nepa_plugin.runtime.devices import DeviceError, Devices, resolve_devices
+from nepa_plugin.runtime.devices import DeviceError, Devices, check_launch, resolve_devices
 from nepa_plugin.runtime.provenance import provenance
 
 
@@ -101,6 +101,7 @@ def launch(accelerator: str = "auto", devices: Any = 1, progress: bool = False) 
         index = resolved.devices[0] if isinstance(resolved.devices, list) else 0
         device = torch.device("cuda", index) if resolved.accelerator == "cuda" else torch.device(resolved.accelerator)
         return Runtime(resolved.accelerator, resolved.devices, device, progress=progress)
+    check_launch(resolved.count)
     fabric = Fabric(accelerator=resolved.accelerator, devices=resolved.devices, strategy="ddp")
     fabric.launch()
     return Runtime(

@@ -1,16 +1,17 @@
 """AIM: predict the pixels of the next patch under a causal mask with a bidirectional prefix (arXiv 2401.08541)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightly.models.modules import AIMPredictionHead
-from lightly.models.utils import normalize_mean_var, patchify, random_prefix_mask
+from lightly.models.utils import normalize_mean_var, patchify
 from lightly.transforms import AIMTransform
 from torch import Tensor
 from torch.nn import functional as F
 
 from nepa_plugin.methods.masked import MaskedMethod, SingleView
-from nepa_plugin.methods.masks import to_device
+from nepa_plugin.methods.masks import PrefixMasks
 from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt, Scale
 
@@ -79,6 +80,7 @@ class AIM(MaskedMethod):
             **kwargs,
         )
         self.norm_pix_loss = norm_pix_loss
+        self.masks = PrefixMasks(self.backbone.patch_embed.num_patches)
         self.patch_pixels = self.backbone.patch_embed.patch_size[0]
         self.head = AIMPredictionHead(
             self.backbone.embed_dim, 3 * self.patch_pixels**2, hidden_dim=head_dim, num_blocks=head_blocks
@@ -99,21 +101,14 @@ class AIM(MaskedMethod):
         """The attention in pretraining, in words; downstream it is bidirectional."""
         return "causal after a bidirectional prefix"
 
-    def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, views: list[Tensor], masks: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the prediction loss of the one view (B, C, H, W), and its features (B, D)."""
         images = views[0]
-        predicted = self.draw_predicted(len(images), "cpu")
-        # chosen on the CPU: on the device, a boolean index waits for all work before it
-        chosen = to_device(predicted.flatten().nonzero().squeeze(1), images.device)
-        tokens = self.tokens(images, to_device(predicted, images.device))
+        predicted, chosen = self.drawn_masks(images, masks)
+        tokens = self.tokens(images, predicted)
         before = tokens[:, self.backbone.num_prefix_tokens : -1].flatten(0, 1)[chosen]
         loss = in_float32(F.mse_loss, self.head(before), self.targets(images)[:, 1:].flatten(0, 1)[chosen])
         return loss, self.pooled(tokens)
-
-    def draw_predicted(self, batch_size: int, device: torch.device | str) -> Tensor:
-        """Draw prefixes of 1 ... N - 1 of the N patches; return which of patches 1 ... N - 1 come after, (B, N - 1)."""
-        after_first = self.backbone.patch_embed.num_patches - 1
-        return random_prefix_mask((batch_size, after_first), max_prefix_length=after_first, device=device)
 
     def tokens(self, images: Tensor, predicted: Tensor) -> Tensor:
         """Return the backbone's tokens (B, T, D) under the prefix attention that goes with ``predicted``."""

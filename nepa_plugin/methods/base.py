@@ -1,7 +1,7 @@
 """What every self-supervised method shares: backbone, online probe, steps, logging."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import timm
@@ -17,6 +17,7 @@ from nepa_plugin.checkpoints import (
     load_weights,
     read_checkpoint,
 )
+from nepa_plugin.data.samples import PADDING
 from nepa_plugin.data.transforms import eval_transform
 from nepa_plugin.methods.optimization import OptimizedModule
 from nepa_plugin.runtime.ranges import (
@@ -27,8 +28,9 @@ from nepa_plugin.runtime.ranges import (
     check_hints,
     check_ranges,
 )
+from nepa_plugin.runtime.transfer import to_device
 
-Batch = tuple[list[Tensor], Tensor, list[str]]
+Batch = tuple[list[Tensor], Tensor, list[str]] | tuple[list[Tensor], Tensor, list[str], Sequence[Tensor]]
 
 
 class Method(OptimizedModule):
@@ -73,6 +75,9 @@ class Method(OptimizedModule):
     exported = "backbone"
     #: Whether the weights can be sharded: no part of a step reads or writes them outside of the step's modules.
     shardable = True
+    #: What is drawn once per batch, on the CPU: from a number of images to tensors, by torch's global generator. The
+    #: data module calls it in the loader's processes, and :meth:`step` gets the result as a second argument.
+    masks: Callable[[int], Sequence[Tensor]] | None = None
 
     def __init__(
         self,
@@ -162,8 +167,16 @@ class Method(OptimizedModule):
         """
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return (loss, features (B, D) for the online probe) of a batch of views, each (B, C, H, W)."""
+        """Return (loss, features (B, D) for the online probe) of a batch of views, each (B, C, H, W).
+
+        Methods with :attr:`masks` take those of the batch as a second argument, and draw them where there are none.
+        """
         raise NotImplementedError
+
+    def drawn_masks(self, images: Tensor, masks: Sequence[Tensor] | None) -> list[Tensor]:
+        """Return the batch's masks on the device of its images (B, C, H, W): those given, or new ones."""
+        assert self.masks is not None
+        return [to_device(part, images.device) for part in (self.masks(len(images)) if masks is None else masks)]
 
     def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
         """Return the augmentation: from a PIL image to a list of views (C, H, W)."""
@@ -230,10 +243,10 @@ class Method(OptimizedModule):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Train on one batch of (views, labels, filenames)."""
+        """Train on one batch of (views, labels, filenames), and the masks where the method has any."""
         views, targets = batch[0], batch[1]
         views = [views] if isinstance(views, Tensor) else views
-        loss, features = self.step(views)
+        loss, features = self.step(views, *batch[3:])
         bad = ~loss.detach().isfinite()
         self._nonfinite_loss = bad if self._nonfinite_loss is None else self._nonfinite_loss | bad
         self.log("train_loss", self._mean_over_devices(loss))  # prog_bar would wait for the device in every step
@@ -259,8 +272,15 @@ class Method(OptimizedModule):
         images, targets = batch[0], batch[1]
         with torch.compiler.set_stance("force_eager"):  # the last batch is smaller: not worth graphs of its own
             features = self.forward(images).flatten(start_dim=1)
-        loss, logs = self.online_classifier.validation_step((features, targets), batch_idx)
-        self.log_dict(logs, prog_bar=True, sync_dist=True, batch_size=len(targets))
+        scored = targets != PADDING
+        count = int(scored.sum())
+        if count:
+            features, targets = features[scored], targets[scored]
+        loss, logs = self.online_classifier.validation_step((features, targets.clamp(min=0)), batch_idx)
+        # Every process logs, one that has nothing to score in this batch with weight 0: the means are collective.
+        # Lightning takes the mean of the processes' weights, rounded down: that of 17 and 16 images would be 16.
+        weight = count * (1 if self._trainer is None else self.trainer.world_size)
+        self.log_dict(logs, prog_bar=True, sync_dist=True, batch_size=weight)
         return loss
 
     # -- logging -------------------------------------------------------------------------------------------------------

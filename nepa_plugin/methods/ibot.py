@@ -1,16 +1,17 @@
 """iBOT: self-distillation of class tokens across views and of masked patches within them (arXiv 2111.07832)."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightly.loss import IBOTPatchLoss
 from lightly.transforms.ibot_transform import IBOTTransform
 from torch import Tensor, nn
 
 from nepa_plugin.methods.distillation import SelfDistillation
 from nepa_plugin.methods.heads import PrototypeHead
+from nepa_plugin.methods.losses import PatchLoss
 from nepa_plugin.methods.masked import check_maskable, masked_encoder
-from nepa_plugin.methods.masks import random_block_masks, to_device
+from nepa_plugin.methods.masks import PatchMasks
 from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -68,15 +69,14 @@ class IBOT(SelfDistillation):
         }
         super().__init__(*args, student_temp=student_temp, **head, **kwargs)
         vit = self.backbone
-        self.grid = vit.patch_embed.grid_size[0]
-        self.smallest_mask = int(self.grid**2 * mask_ratio[0])
-        if not (0 < batch_mask_ratio <= 1 and self.smallest_mask >= 1 and mask_ratio[0] <= mask_ratio[1] <= 1):
+        grid = vit.patch_embed.grid_size[0]
+        smallest = int(grid**2 * mask_ratio[0])
+        if not (0 < batch_mask_ratio <= 1 and smallest >= 1 and mask_ratio[0] <= mask_ratio[1] <= 1):
             raise ValueError(
                 f"batch_mask_ratio={batch_mask_ratio} and mask_ratio={mask_ratio} must be fractions, the latter "
-                f"ascending and at least one of the {self.grid**2} patches."
+                f"ascending and at least one of the {grid**2} patches."
             )
-        self.batch_mask_ratio = batch_mask_ratio
-        self.mask_ratio = mask_ratio
+        self.masks = PatchMasks(grid, batch_mask_ratio, mask_ratio, min(4, smallest))
         self.patch_loss_weight = patch_loss_weight
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
         self.patch_head: PrototypeHead | None = None
@@ -84,24 +84,21 @@ class IBOT(SelfDistillation):
         if not shared_head:
             self.patch_head = PrototypeHead(vit.embed_dim, **head)
             self.teacher_patch_head = self.momentum_copy(self.patch_head)
-        self.patch_criterion = IBOTPatchLoss(output_dim, student_temp=student_temp)
+        self.patch_criterion = PatchLoss(output_dim, student_temp=student_temp)
 
     def prepare_backbone(self, loaded: bool) -> None:
         """Check that patches can be hidden, and the class token."""
         check_maskable(self.backbone, "iBOT")
         super().prepare_backbone(loaded)
 
-    def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, views: list[Tensor], masks: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the loss of two global views (B, C, H, W) and any local ones, and the teacher's features (B, D)."""
         batch, images = len(views[0]), torch.cat(views[:2])
-        drawn = self.draw_masks(len(images))
-        mask = to_device(drawn, images.device)
-        # chosen on the CPU: on the device, a boolean index waits for all work before it
-        masked = to_device(drawn.flatten().nonzero().squeeze(1), images.device)
+        mask, masked, weights = self.drawn_masks(views[0], masks)
         with torch.no_grad():
             teacher = self.teacher_backbone.forward_features(images)
             targets = self.project(teacher, masked, self.teacher_head, self.teacher_patch_head)
-        student = self.encode(images, mask.flatten(1))
+        student = self.encode(images, mask)
         class_logits, patch_logits = self.project(student, masked, self.head, self.patch_head)
         classes = list(class_logits.split(batch))
         if len(views) > 2:
@@ -109,7 +106,7 @@ class IBOT(SelfDistillation):
             classes += self.head(self.pooled(locals_)).split(batch)
         temp = self.current_teacher_temp()
         loss = in_float32(self.criterion, list(targets[0].split(batch)), classes, teacher_temp=temp)
-        patch_loss = in_float32(self.patch_criterion, targets[1], patch_logits, mask, teacher_temp=temp)
+        patch_loss = in_float32(self.patch_criterion, targets[1], patch_logits, weights / len(images), temp)
         return loss + self.patch_loss_weight * patch_loss, self.pooled(teacher[:batch])
 
     def encode(self, images: Tensor, patch_mask: Tensor) -> Tensor:
@@ -124,15 +121,6 @@ class IBOT(SelfDistillation):
         """Return the logits (B, K) of the images, and (M, K) of the masked patches, indices into all B x N."""
         patches = tokens[:, self.backbone.num_prefix_tokens :].flatten(0, 1)[masked]
         return head(self.pooled(tokens)), (head if patch_head is None else patch_head)(patches)
-
-    def draw_masks(self, batch_size: int) -> Tensor:
-        """Draw block masks (B, grid, grid) on the CPU. Some patch of the batch is always masked."""
-        masks = random_block_masks(
-            batch_size, self.grid, self.batch_mask_ratio, self.mask_ratio, min(4, self.smallest_mask)
-        )
-        if not masks.any():  # the mean over no patch is no number
-            masks[0, 0, 0] = True
-        return masks
 
 
 transform = IBOTTransform(**IBOT.views, local_crop_size=98, normalize=NORMALIZE)

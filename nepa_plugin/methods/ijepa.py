@@ -1,5 +1,6 @@
 """I-JEPA: predict the representations of target blocks from a context block (arXiv 2301.08243)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,10 +104,11 @@ class IJEPA(MaskedMethod, MomentumMethod):
             num_heads=vit.blocks[0].attn.num_heads if predictor_num_heads is None else predictor_num_heads,
         )
 
-    def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, views: list[Tensor], masks: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the prediction loss of the one view (B, C, H, W), and the momentum encoder's features (B, D)."""
         images = views[0]
-        context, targets = self.masks.sample(len(images), images.device)
+        context, blocks = self.drawn_masks(images, masks)
+        targets = list(blocks.unbind(dim=1))
         with torch.no_grad():
             tokens = self.teacher_backbone.forward_features(images)
         loss = in_float32(F.smooth_l1_loss, self.predict(images, context, targets), self.targets(tokens, targets))

@@ -1,9 +1,15 @@
-"""Block masks of a whole batch at once: what lightly draws image by image, in loops that a GPU step would wait for."""
+"""What methods draw once per batch, on the CPU: block masks and prefixes of all images at once.
+
+lightly draws them image by image, in loops that a GPU step would wait for. Every class here maps a number of images to
+tensors, drawn from torch's global CPU generator, and can be sent to a loader process.
+"""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from lightly.data.ijepa_collate import IJEPAMaskCollator
+from lightly.models.utils import random_prefix_mask
 from torch import Tensor
 
 
@@ -29,11 +35,6 @@ def rectangles(tops: Tensor, lefts: Tensor, heights: Tensor, widths: Tensor, gri
 def first_true(mask: Tensor, count: int) -> Tensor:
     """Return the indices of the first ``count`` true elements along the last axis (..., N), as (..., count)."""
     return mask.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :count]
-
-
-def to_device(drawn: Tensor, device: torch.device | str) -> Tensor:
-    """Copy what was drawn on the CPU, without making the host wait for what the device still has to do."""
-    return drawn.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else drawn.to(device)
 
 
 class BlockMasks(IJEPAMaskCollator):
@@ -105,16 +106,15 @@ class BlockMasks(IJEPAMaskCollator):
         tops, lefts = (torch.randint(0, self.grid - side, (count,)) for side in size)
         return rectangles(tops, lefts, height, width, self.grid)
 
-    def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # lightly's takes samples
         """Draw the masks of a batch.
 
         Args:
             batch_size: Images.
-            device: Where the masks go.
 
         Returns:
-            Indices of the context patches (B, K), and per target block of its patches (B, M). No context patch is in a
-            target, but where that would leave too few; K is the smallest number in the batch.
+            Indices of the context patches (B, K), and of the target blocks' patches (B, targets, M). No context patch
+            is in a target, but where that would leave too few; K is the smallest number in the batch.
         """
         target_size, context_size = self._sizes(int(torch.randint(2**31, ())))
         self._check(target_size, "target")
@@ -133,8 +133,7 @@ class BlockMasks(IJEPAMaskCollator):
             if not len(missing):
                 break
         keep = int(context.sum(dim=1).min())
-        blocks = to_device(first_true(targets, math.prod(target_size)), device)
-        return to_device(first_true(context, keep), device), list(blocks.unbind(dim=1))
+        return first_true(context, keep), first_true(targets, math.prod(target_size))
 
 
 def random_block_masks(
@@ -186,3 +185,66 @@ def random_block_masks(
         failed[open_] = torch.where(fits, 0, failed[open_] + 1)
         open_ = open_[(count[open_] < wanted[open_]) & (failed[open_] < attempts)]
     return masks[torch.randperm(batch_size)]
+
+
+@dataclass(frozen=True)
+class PatchMasks:
+    """iBOT's masks of the two global views.
+
+    Attributes:
+        grid: Patches along a side.
+        batch_mask_ratio: Fraction of the views that are masked.
+        mask_ratio: Range of the fraction of patches that is masked in these.
+        min_per_block: Smallest area of a rectangle in patches.
+    """
+
+    grid: int
+    batch_mask_ratio: float
+    mask_ratio: tuple[float, float]
+    min_per_block: int
+
+    def draw(self, views: int) -> Tensor:
+        """Draw the masks (views, grid, grid). Some patch of the batch is always masked."""
+        masks = random_block_masks(views, self.grid, self.batch_mask_ratio, self.mask_ratio, self.min_per_block)
+        if not masks.any():  # the mean over no patch is no number
+            masks[0, 0, 0] = True
+        return masks
+
+    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the masks of both views of a batch.
+
+        Args:
+            batch_size: Images.
+
+        Returns:
+            Which of the N patches are masked in the first views and then in the second ones (2 B, N), the indices of
+            these into all 2 B x N (M,), and for each one over the number of them in its view (M,). On the device,
+            finding where a mask is set would wait for all work before it.
+        """
+        masks = self.draw(2 * batch_size).flatten(1)
+        weights = (1 / masks.sum(dim=1, keepdim=True).clamp(min=1)).expand_as(masks)
+        return masks, masks.flatten().nonzero().squeeze(1), weights[masks]
+
+
+@dataclass(frozen=True)
+class PrefixMasks:
+    """AIM's prefixes of 1 ... N - 1 of the N patches.
+
+    Attributes:
+        num_patches: N.
+    """
+
+    num_patches: int
+
+    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Draw the prefixes of a batch.
+
+        Args:
+            batch_size: Images.
+
+        Returns:
+            Which of patches 1 ... N - 1 come after the prefix (B, N - 1), and the indices of these into all of them.
+        """
+        rest = self.num_patches - 1
+        predicted = random_prefix_mask((batch_size, rest), max_prefix_length=rest, device="cpu")
+        return predicted, predicted.flatten().nonzero().squeeze(1)

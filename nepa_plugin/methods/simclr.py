@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from lightly.loss import NTXentLoss
 from lightly.models.modules.heads import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
 from torch import Tensor
 
+from nepa_plugin.methods.losses import NTXent
 from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.methods.whole_image import WholeImage
@@ -42,7 +42,7 @@ class SimCLR(WholeImage):
     ) -> None:
         super().__init__(*args, base_lr=base_lr, **kwargs)
         self.projection_head = SimCLRProjectionHead(self.backbone.num_features, hidden_dim, projection_dim)
-        self.criterion = NTXentLoss(temperature=temperature, gather_distributed=True)
+        self.criterion = NTXent(temperature=temperature, gather_distributed=True)
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the contrastive loss of two views (B, C, H, W), and the first one's features (B, D)."""

@@ -33,8 +33,7 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
         The devices.
 
     Raises:
-        DeviceError: If CUDA is asked for and missing, more devices than there are, or something that is no device;
-            or if the environment says that this is one process of a group, but not of how many.
+        DeviceError: If CUDA is asked for and missing, more devices than there are, or something that is no device.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
@@ -68,13 +67,23 @@ def resolve_devices(accelerator: str = "auto", devices: Any = "auto") -> Devices
             f"--trainer.devices {devices} asks for more than this machine has: {available} {what}. Lower it, or leave "
             "it out."
         )
-    if wanted > 1 and "LOCAL_RANK" in os.environ and not {"WORLD_SIZE", "SLURM_NTASKS"} & set(os.environ):
-        # Lightning would take this process for one of a group that somebody else started, and wait for the others.
+    return Devices(accelerator, devices, wanted)
+
+
+def check_launch(processes: int) -> None:
+    """Check that the other processes will be there, before Lightning waits for them without a word.
+
+    Args:
+        processes: How many the command wants.
+
+    Raises:
+        DeviceError: If the environment says that this is one process of a group, but not of how many.
+    """
+    if processes > 1 and "LOCAL_RANK" in os.environ and not {"WORLD_SIZE", "SLURM_NTASKS"} & set(os.environ):
         raise DeviceError(
             "LOCAL_RANK is set and WORLD_SIZE is not, so no other process would be started. Take LOCAL_RANK out of the "
             "environment (unset LOCAL_RANK), or set WORLD_SIZE too if your launcher starts every process itself."
         )
-    return Devices(accelerator, devices, wanted)
 
 
 def check_compiler(device: str) -> None:

@@ -26,7 +26,7 @@ from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.methods.optimization import DivergenceError
 from nepa_plugin.runtime import shipped
 from nepa_plugin.runtime.boundary import boundary, in_words
-from nepa_plugin.runtime.devices import check_compiler, resolve_devices
+from nepa_plugin.runtime.devices import check_compiler, check_launch, resolve_devices
 from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt, Range, check_hints
 from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
 from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, LoggedBar, RunClock, StepSeed
@@ -108,6 +108,7 @@ class PretrainCLI(LightningCLI):
         self.folder = RunFolder(self.run_dir)
         trainer = config.trainer
         self.devices = resolve_devices(trainer.accelerator, trainer.devices)
+        check_launch(self.devices.count * trainer.num_nodes)
         # Other processes start when the first has written.
         self.resume_from = self.folder.resume_from(config.ckpt_path, first=_is_rank_zero())
         if config.global_batch_size is not None:

@@ -21,6 +21,7 @@ from nepa_plugin.data import (
     eval_transform,
 )
 from nepa_plugin.data.files import find_bad_images
+from nepa_plugin.data.samples import PADDING, EqualShares
 
 
 def picture(seed=0, size=(40, 48)):
@@ -87,6 +88,16 @@ def test_the_position_is_asked_for_with_the_length_at_each_start():
     sampler = EpochBatchSampler(48, 8, seed=3, position=position)
     epochs = [next(iter(sampler))[0][0] for _ in range(2)]
     assert epochs == [1, 2] and asked == [6, 6]
+
+
+@pytest.mark.parametrize(("world_size", "each"), [(1, 8), (2, 4), (3, 3), (5, 2), (11, 1)])
+def test_ranks_have_as_many_images_to_validate_and_each_counts_once(world_size, each, folder):
+    dataset = SeededDataset(LightlyDataset(str(folder)), np.asarray, seed=3, indices=list(range(8)))
+    ranks = [EqualShares(dataset, rank, world_size) for rank in range(world_size)]
+    assert [len(rank) for rank in ranks] == [each] * world_size
+    samples = [sample for rank in ranks for sample in (rank[i] for i in range(each))]
+    scored = sorted((name, label) for _, label, name in samples if label != PADDING)
+    assert scored == [(f"{label}/{i}.png", number) for number, label in enumerate("ab") for i in range(4)]
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------

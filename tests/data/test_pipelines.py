@@ -16,11 +16,12 @@ from lightly.transforms import MAETransform
 from photos import photo_folder, photos
 from PIL import Image
 from recorder import record
+from torch.utils.data import DataLoader
 from torchvision.transforms import functional as F
 
 from nepa_plugin.data import DataError, ImageData, NEPATransform, SeededDataset
 from nepa_plugin.data.packing import make_shards
-from nepa_plugin.data.pipelines import FileDataset, build_pipeline, decode
+from nepa_plugin.data.pipelines import FileDataset, MaskedPipeline, PipelineDataset, build_pipeline, decode
 from nepa_plugin.methods.masked import SingleView
 from nepa_plugin.training.callbacks import LastCheckpoint
 from nepa_plugin.training.cli import main
@@ -322,3 +323,30 @@ def test_a_method_with_another_augmentation_is_refused(tmp_path, capsys, name):
 
 def test_the_default_is_pil(folder):
     assert ImageData(train_dir=str(folder)).pipeline == "pil"
+
+
+@pytest.mark.parametrize("name", ["pil", "tensor", "device"])
+def test_masks_come_with_the_batch(folder, name):
+    """A function of (seed, epoch) and of the first image: whatever process draws them, and in another batch others."""
+
+    def loader(seed, workers, batches):
+        inner = build_pipeline(name, NEPATransform(24), "NEPA")
+        pipeline = MaskedPipeline(inner, lambda images: (torch.rand(images, 3), torch.randperm(images)))
+        cls = PipelineDataset if name == "pil" else FileDataset
+        dataset = cls(LightlyDataset(str(folder)), pipeline, seed, list(range(8)))
+        keys = [[(epoch, i) for i in batch] for epoch, batch in batches]
+        return pipeline, DataLoader(dataset, batch_sampler=keys, collate_fn=pipeline.collate, num_workers=workers)
+
+    batches = [(0, [0, 1, 2, 3]), (0, [4, 5, 6, 7]), (1, [0, 1, 2, 3])]
+    pipeline, plain = loader(7, 0, batches)
+    drawn = []
+    for views, labels, names, masks in plain:
+        (view,) = pipeline.finish(views, CPU, names)
+        assert view.shape == (4, 3, 24, 24) and len(labels) == len(names) == 4
+        drawn.append(masks)
+    assert [mask.shape for mask in drawn[0]] == [(4, 3), (4,)]
+    assert not any(torch.equal(drawn[0][0], other[0]) for other in drawn[1:])
+    _, resumed = loader(7, 2, batches[1:])
+    for (*_, masks), expected in zip(resumed, drawn[1:], strict=True):
+        assert all(torch.equal(mask, other) for mask, other in zip(masks, expected, strict=True))
+    assert not torch.equal(next(iter(loader(8, 0, batches)[1]))[3][0], drawn[0][0])

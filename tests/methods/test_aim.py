@@ -94,7 +94,7 @@ class Oracle(nn.Module):
 def test_the_next_patch_is_predicted(images, norm_pix_loss):
     model = aim(norm_pix_loss=norm_pix_loss)
     torch.manual_seed(0)
-    predicted = model.draw_predicted(4, "cpu")
+    predicted, _ = model.masks(4)
     answers = []
     for image, row in zip(images, predicted, strict=True):
         for index in (row.nonzero()[:, 0] + 1).tolist():
@@ -115,7 +115,8 @@ def test_predicting_zero_costs_the_variance_of_the_targets(images):
 
 def test_prefixes_have_every_length_equally_often():
     torch.manual_seed(0)
-    predicted = aim().draw_predicted(15_000, "cpu")
+    predicted, chosen = aim().masks(15_000)
+    assert torch.equal(predicted.flatten().nonzero()[:, 0], chosen)
     lengths = 16 - predicted.sum(dim=1)
     assert (predicted.int().diff(dim=1) >= 0).all()  # once predicted, always predicted
     counts = lengths.bincount(minlength=17)
@@ -167,7 +168,7 @@ def test_a_step_is_a_function_of_the_seed(images):
 def test_features_are_the_mean_of_the_patches(images):
     model = aim()
     torch.manual_seed(0)
-    tokens = model.tokens(images, model.draw_predicted(4, "cpu"))
+    tokens = model.tokens(images, model.masks(4)[0])
     torch.testing.assert_close(step(model, images)[1], tokens[:, 1:].mean(dim=1))
 
 

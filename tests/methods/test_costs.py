@@ -114,19 +114,10 @@ def built(name):
 
 
 def drawing(method):
-    """Return the list of what the method's step draws from now on, copies of the method included."""
-    drawn = []
-
-    def note(owner, attribute):
-        draw = getattr(owner, attribute)
-        setattr(owner, attribute, lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1])
-
-    if isinstance(method, methods.IJEPA):
-        note(method.masks, "sample")
-    if isinstance(method, methods.AIM):
-        note(method, "draw_predicted")
-    if isinstance(method, methods.IBOT):
-        note(method, "draw_masks")
+    """Return the list of the masks that the method's step draws from now on, copies of the method included."""
+    drawn, draw = [], method.masks
+    if draw is not None:
+        method.masks = lambda batch_size: drawn.append(draw(batch_size)) or drawn[-1]
     return drawn
 
 
@@ -138,16 +129,16 @@ def test_cost(name):
     views, passes, tokens = PASSES[name]
     if name == "ijepa":  # the encoder sees the context, and the predictor that and one target after the other
         ((context, targets),) = drawn
-        seen, predicted = context.shape[1], [target.shape[1] for target in targets]
+        seen, predicted = context.shape[1], [targets.shape[2]] * targets.shape[1]
         tokens += 1 + seen
         predictor = layers(D, D) * seen + sum(blocks(seen + n, 2) + layers(D, D) * n for n in predicted)
         operations = momentum() + training(1 + seen) + 3 * predictor
     else:
         operations = OPERATIONS[name]
     if name == "aim":  # the head predicts the patches after the prefix
-        operations += 3 * layers(D, 128, 512, 128, 512, 128, PIXELS) * drawn[0].sum().item() / BATCH
+        operations += 3 * layers(D, 128, 512, 128, 512, 128, PIXELS) * drawn[0][0].sum().item() / BATCH
     if name == "ibot":  # the teacher's head and the student's see the masked patches, too
-        operations += 4 * PROTOTYPE_HEAD * drawn[0].sum().item() / BATCH
+        operations += 4 * PROTOTYPE_HEAD * drawn[0][0].sum().item() / BATCH
     assert cost.gflops * 1e9 == pytest.approx(operations, rel=1e-9)
     assert (cost.views, cost.encoder_passes, cost.encoder_tokens) == (views, passes, tokens)
     parts = {key.split(".")[0] for key, _ in method._own_parameters()} - {"backbone"}

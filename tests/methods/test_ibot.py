@@ -70,7 +70,7 @@ def test_the_loss_written_out(views, shared_head, num_views):
     model.train()
     centers = model.criterion.center.clone()[0, 0], model.patch_criterion.center.value.clone()[0]
     torch.manual_seed(0)
-    mask = model.draw_masks(8).flatten(1)
+    mask = model.masks(4)[0]
     patch_head = model.head if shared_head else model.patch_head
     teacher_patch_head = model.teacher_head if shared_head else model.teacher_patch_head
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_a_step_is_a_function_of_torchs_seed_and_leaves_pythons_alone(views):
 
 def test_half_of_the_images_are_masked_by_the_papers_ratio():
     torch.manual_seed(0)
-    masks = ibot(img_size=56, mask_ratio=(0.1, 0.5)).draw_masks(400)
+    masks = ibot(img_size=56, mask_ratio=(0.1, 0.5)).masks.draw(400)
     ratio = masks.float().mean(dim=(1, 2))
     assert masks.shape == (400, 14, 14) and (ratio > 0).sum() == 200
     assert ratio.max() <= 0.5 and ratio[ratio > 0].mean().item() == pytest.approx(0.3, abs=0.02)
@@ -158,10 +158,10 @@ def test_half_of_the_images_are_masked_by_the_papers_ratio():
 
 def test_some_patch_is_always_masked(views, monkeypatch):
     monkeypatch.setattr(
-        "nepa_plugin.methods.ibot.random_block_masks", lambda size, grid, *_: torch.zeros(size, grid, grid) > 0
+        "nepa_plugin.methods.masks.random_block_masks", lambda size, grid, *_: torch.zeros(size, grid, grid) > 0
     )
     model = ibot()
-    assert model.draw_masks(4).sum() == 1
+    assert model.masks.draw(4).sum() == 1
     assert step(model, views)[0].isfinite() and model.patch_criterion.center.value.isfinite().all()
 
 

@@ -34,6 +34,12 @@ def step(model, images, seed=0):
     return model.step([images])
 
 
+def drawn(masks, batch_size):
+    """The context's patches, and those of each target block."""
+    context, targets = masks(batch_size)
+    return context, list(targets.unbind(1))
+
+
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
@@ -46,7 +52,7 @@ def test_the_papers_blocks(grid):
     torch.manual_seed(0)
     masks = paper_masks(grid)
     for _ in range(5):
-        context, targets = masks.sample(8, "cpu")
+        context, targets = drawn(masks, 8)
         assert len(targets) == 4
         for target in targets:
             assert target.shape == targets[0].shape
@@ -64,7 +70,7 @@ def test_the_papers_blocks(grid):
 def test_the_digits_blocks_leave_enough_context():
     torch.manual_seed(0)
     masks = ijepa().masks
-    sizes = [masks.sample(64, "cpu")[0].shape[1] for _ in range(20)]
+    sizes = [drawn(masks, 64)[0].shape[1] for _ in range(20)]
     # of 64 patches; the smallest of a batch counts, which in 2 % of lightly's own batches is 8 or less
     assert min(sizes) > 4 and sum(sizes) / len(sizes) > 14
 
@@ -74,7 +80,7 @@ def test_blocks_follow_torchs_generator():
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        draws.append(masks.sample(2, "cpu"))
+        draws.append(drawn(masks, 2))
     assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(torch.stack(draws[0][1]), torch.stack(draws[1][1]))
     assert draws[0][0].shape != draws[2][0].shape or not torch.equal(draws[0][0], draws[2][0])
 
@@ -82,7 +88,7 @@ def test_blocks_follow_torchs_generator():
 def test_block_sizes_differ_between_steps():
     torch.manual_seed(0)
     masks = paper_masks(16)
-    assert len({masks.sample(1, "cpu")[1][0].shape[1] for _ in range(20)}) == 3  # 6x7, 6x8 and 6x9
+    assert len({drawn(masks, 1)[1][0].shape[1] for _ in range(20)}) == 3  # 6x7, 6x8 and 6x9
 
 
 @pytest.mark.parametrize(
@@ -132,7 +138,7 @@ def test_targets_are_the_momentum_encoders_patches(images):
         for parameter in model.teacher_backbone.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # so that it is not the trained one
     torch.manual_seed(0)
-    context, targets = model.masks.sample(4, "cpu")
+    context, targets = drawn(model.masks, 4)
     with torch.no_grad():
         answer = expected_targets(model, images, targets)
     model.predictor = Oracle(answer)
@@ -153,7 +159,7 @@ def test_targets_are_the_momentum_encoders_patches(images):
 def test_the_encoder_sees_the_context_only(images):
     model = ijepa()
     torch.manual_seed(0)
-    context, targets = model.masks.sample(4, "cpu")
+    context, targets = drawn(model.masks, 4)
     outside, inside = images.clone(), images.clone()
     for changed, patch in ((outside, targets[0][0, 0]), (inside, context[0, 0])):
         row, column = divmod(int(patch), 8)

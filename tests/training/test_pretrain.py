@@ -144,7 +144,7 @@ def test_two_processes_follow_one(reference, tmp_path):
     assert list(single) == list(double)
     assert max(abs(single[s] - double[s]) for s in single) <= 1e-5
     val = [curve(r, "val_online_cls_top1")[19] for r in (reference, tmp_path / "r")]
-    assert val[0] == pytest.approx(val[1], abs=3 / 397)  # every validation image counts once in both
+    assert val[0] == pytest.approx(val[1], abs=1.1 / 397)  # one image at most by rounding
 
 
 def test_accumulation_keeps_the_global_batch(reference, tmp_path, caplog):

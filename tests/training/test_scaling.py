@@ -10,6 +10,7 @@ from pretraining import curve
 from recording import arguments, start
 
 import nepa_plugin
+from nepa_plugin.data.digits import digits_folder
 from nepa_plugin.training.cli import base_config, main
 
 pytestmark = pytest.mark.slow
@@ -33,12 +34,33 @@ def short(run_dir, batch_size, *more, accumulate=1):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """Four steps, and 20 logged steps, in one process."""
+def few_images(tmp_path_factory):
+    """64 digits to train on; 33 to validate: two processes have 17 and 16 of them, two batches of 16 and one."""
+    folder = tmp_path_factory.mktemp("few")
+    for part, number in (("train", 64), ("val", 33)):
+        files = sorted((digits_folder() / part).glob("*/*.png"), key=lambda file: file.name)
+        for file in files[:number]:
+            target = folder / part / file.parent.name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    return folder
+
+
+def validated(run_dir, images, batch_size, *more):
+    """Two steps of 32 images, and a validation."""
+    folders = "--data.train_dir", images / "train", "--data.val_dir", images / "val", "--data.demo", "null"
+    once = "--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 1, *LOGGED
+    return arguments(run_dir, *folders, *once, "--data.batch_size_per_device", batch_size, *more)
+
+
+@pytest.fixture(scope="module")
+def single(few_images, tmp_path_factory):
+    """Four steps, 20 logged steps, and a validation, in one process."""
     folder = tmp_path_factory.mktemp("single")
     main(short(folder / "ddp", 128), base_config())
     main(short(folder / "accumulated", 64, accumulate=2), base_config())
     main(arguments(folder / "long", *LOGGED, *callbacks()), base_config())
+    main(validated(folder / "validated", few_images, 32), base_config())
     return folder
 
 
@@ -64,13 +86,15 @@ def resumed(run_dir, n, strategy="fsdp"):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(few_images, tmp_path_factory):
     """All runs in two processes, and a copy of the sharded one that was stopped goes on there."""
     folder = tmp_path_factory.mktemp("two")
     more = [
         short(folder / "accumulated", 32, accumulate=2),
         short(folder / "fsdp-checkpointed", 64, *FSDP, "--model.grad_checkpointing", "true"),
         short(folder / "wide", 64, *WIDE),
+        validated(folder / "validated", few_images, 16, *FSDP),
+        validated(folder / "validated-ddp", few_images, 16),
     ]
     copy = ["copy", str(folder / "stopped"), str(folder / "resumed")]
     start(2, *more, *runs(2, folder), copy, resumed(folder / "resumed", 2))
@@ -191,6 +215,15 @@ def test_fsdp_divides_weights_optimizer_and_average(several, single):
     assert sum(held) == whole["held_bytes"] + (n - 1) * buffers
     assert max(held) - buffers < 1.05 * (whole["held_bytes"] - buffers) / n
     assert [rank["held_bytes"] for rank in records(folder / "ddp", n)] == n * [whole["held_bytes"]]
+
+
+@pytest.mark.parametrize("run", ["validated", "validated-ddp"])
+def test_processes_with_other_numbers_of_images_validate_together(run, two, single):
+    """Sharded, a batch more on one process would wait for ever; the image that fills the other's up does not count."""
+    for name, tolerance in (("val_online_cls_top1", 1e-6), ("val_online_cls_loss", 1e-5)):
+        (one,), (other,) = (curve(folder, name).values() for folder in (single / "validated", two / run))
+        assert other == pytest.approx(one, abs=tolerance)
+        assert name.endswith("loss") or one * 33 == pytest.approx(round(one * 33), abs=1e-4)
 
 
 def assert_never_stopped(target, single):
