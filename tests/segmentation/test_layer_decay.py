@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 pytest.importorskip("mmseg")
 from mmengine.optim import build_optim_wrapper
@@ -69,15 +68,3 @@ def test_bad_paramwise_cfg(paramwise_cfg):
 def test_a_model_without_the_backbone_is_refused():
     with pytest.raises(ValueError, match="no TimmViT backbone"):
         wrapper_of(nn.Linear(2, 2), {"layer_decay": 0.5})
-
-
-def test_float32_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert type(wrapper_of(Segmentor(), {"layer_decay": 1})).__name__ == "OptimWrapper"
-
-
-def test_bfloat16_on_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    wrapper = wrapper_of(Segmentor(), {"layer_decay": 1})
-    assert type(wrapper).__name__ == "AmpOptimWrapper" and wrapper.cast_dtype == torch.bfloat16
-    assert wrapper.loss_scaler.get_scale() == 1.0  # bfloat16 needs none
