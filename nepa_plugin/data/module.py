@@ -7,7 +7,6 @@ A resumed run therefore sees exactly what an uninterrupted one sees, whatever th
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from lightly.data import LightlyDataset
 from PIL import Image
 from pytorch_lightning import LightningDataModule
@@ -181,6 +180,11 @@ class ImageData(LightningDataModule):
             return workers
         return min(workers, len(self.train_shards.urls) // (self.trainer.world_size if self.trainer else 1))
 
+    @property
+    def _pin_memory(self) -> bool:
+        """Whether batches go to a CUDA device."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def _dataset(self, images: LightlyDataset, transform: Callable[[Image.Image], Any]) -> SeededDataset:
         return SeededDataset(images, transform, self.seed, self._indices[id(images)], self.on_bad_image)
 
@@ -214,7 +218,7 @@ class ImageData(LightningDataModule):
                 self.on_bad_image,
                 self.max_image_pixels,
             )
-            return ShardLoader(shards, self._position, workers)
+            return ShardLoader(shards, self._position, workers, self._pin_memory)
         images = self.train_images
         assert images is not None
         cls = PipelineDataset if self.pipeline == "pil" else FileDataset
@@ -233,7 +237,7 @@ class ImageData(LightningDataModule):
             collate_fn=self._pipeline.collate,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin_memory,
         )
 
     def training_data(self) -> dict[str, Any]:
@@ -297,5 +301,5 @@ class ImageData(LightningDataModule):
             batch_size=self.batch_size_per_device,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin_memory,
         )

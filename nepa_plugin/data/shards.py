@@ -284,16 +284,23 @@ class ShardLoader(ResumableLoader):
         dataset: The samples.
         position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
         num_workers: Loader processes.
+        pin_memory: Whether batches go to a CUDA device.
     """
 
-    def __init__(self, dataset: ShardDataset, position: Callable[[int], tuple[int, int]], num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        position: Callable[[int], tuple[int, int]],
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
         super().__init__(
             dataset,
             batch_size=dataset.batch_size,
             collate_fn=dataset.pipeline.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
         )
         self.position = position
         # Lightning warns of loader processes that all read the same; these do not.

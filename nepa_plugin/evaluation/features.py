@@ -179,10 +179,14 @@ def extract_depth_features(
         for images, targets, *_ in batches:
             with autocast(device):
                 model.forward_features(images.to(device, non_blocking=True))  # type: ignore[operator]
+            pooled = [pair for pair in wanted if pair[1] != "tokens"]
+            if pooled:  # one copy to the CPU for all of them
+                rows = torch.stack([pool_tokens(states[depth], pool, prefix) for depth, pool in pooled]).cpu()
+                for pair, row in zip(pooled, rows.unbind(), strict=True):
+                    kept[pair].append(row)
             for depth, pool in wanted:
-                tokens = states[depth]
-                value = tokens.float() if pool == "tokens" else pool_tokens(tokens, pool, prefix)
-                kept[depth, pool].append(value.cpu())
+                if pool == "tokens":
+                    kept[depth, pool].append(states[depth].float().cpu())
             labels.append(targets)
     if not labels:
         raise ValueError("There are no images to extract features from.")

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
@@ -107,7 +106,7 @@ def ordered_loader(
         SeededDataset(images, transform, 0, indices),
         batch_size=batch_size,
         num_workers=loader_workers(num_workers, runtime.world_size),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=runtime.device.type == "cuda",
     )
 
 
@@ -149,7 +148,7 @@ def shuffled_loader(
         batch_sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=runtime.device.type == "cuda",
     )
 
 

@@ -1,12 +1,15 @@
 """What a training step of a method costs, counted in one step of a copy."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,8 +39,21 @@ class TrainingCost:
     discarded_parameters: int
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let losses think that there is no other process: what has no values cannot be gathered."""
+    initialized = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = initialized
+
+
 def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
-    """Count the cost of a training step on the CPU; the method and the random generators are left as they were.
+    """Count the cost of a training step of one process; the method and the random generators are left as they were.
+
+    Nothing is computed: torch's FakeTensors have a shape and no values.
 
     Args:
         method: A method that no trainer is attached to.
@@ -59,11 +75,16 @@ def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
         torch.manual_seed(0)
         image = Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150))
         views = method.train_transform()(image)
-        batch = [torch.stack([view] * batch_size) for view in views]
-        batch = [view + 0.1 * torch.randn_like(view) for view in batch]  # BatchNorm needs images that differ
+        masks = [] if method.masks is None else [method.masks(batch_size)]
         # The fused CPU kernel is unknown to the counter; the plain one does the same arithmetic.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            method.step(batch)[0].backward()
+        with (
+            _alone(),
+            FakeTensorMode(allow_non_fake_inputs=True),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            batch = [torch.empty(batch_size, *view.shape) for view in views]
+            method.step(batch, *masks)[0].backward()
     backbone = {id(p) for p in method.backbone.parameters()}
     others = {id(p): p.numel() for _, p in method._own_parameters() if id(p) not in backbone}
     return TrainingCost(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -209,7 +208,7 @@ class PretrainCLI(LightningCLI):
             self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
             if self.resume_from is not None:
                 check_resumable(self.resume_from, self.model)
-        if _is_rank_zero() or dist.is_initialized():  # the gathers of a step need the whole group
+        if _is_rank_zero():
             self.cost = training_cost(self.model)
         if self.config.compile:
             check_compiler("cuda" if self.devices.accelerator == "cuda" else "cpu")
