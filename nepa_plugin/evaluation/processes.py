@@ -60,6 +60,7 @@ class Runtime:
             "max_epochs": epochs,
             "check_val_every_n_epoch": epochs,
             "num_sanity_val_steps": 0,
+            "sync_batchnorm": self.accelerator == "cuda" and self.world_size > 1,  # there is none for the CPU
             "use_distributed_sampler": False,  # the loaders are split already, every validation image once
             "logger": False,
             "enable_checkpointing": False,

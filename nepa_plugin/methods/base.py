@@ -73,8 +73,6 @@ class Method(OptimizedModule):
 
     #: Attribute that holds the backbone which is validated and exported; a momentum encoder in some methods.
     exported = "backbone"
-    #: Whether the weights can be sharded: no part of a step reads or writes them outside of the step's modules.
-    shardable = True
     #: What is drawn once per batch, on the CPU: from a number of images to tensors, by torch's global generator. The
     #: data module calls it in the loader's processes, and :meth:`step` gets the result as a second argument.
     masks: Callable[[int], Sequence[Tensor]] | None = None

@@ -30,8 +30,6 @@ class MomentumMethod(Method):
         ValueError: If a momentum is outside [0, 1].
     """
 
-    shardable = False  # lightly's momentum update replaces the tensors behind the parameters
-
     def __init__(
         self,
         *args: Any,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -59,44 +59,26 @@ def shards_like(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[
 # -- sharding ----------------------------------------------------------------------------------------------------------
 
 
-def check_shardable(module: nn.Module) -> None:
-    """Check that a method can train with sharded weights.
-
-    Args:
-        module: The method.
-
-    Raises:
-        ValueError: If it says that it cannot.
-    """
-    if not getattr(module, "shardable", True):
-        raise ValueError(
-            f"{type(module).__name__} cannot be trained with --trainer.strategy fsdp: its momentum encoder is updated "
-            "outside of the sharded step. Use --trainer.strategy ddp."
-        )
-
-
 def shard(module: Any, mesh: DeviceMesh, precision: str) -> None:
     """Shard a method's parameters, each along its first axis over all ranks, in place.
 
-    The attention and the MLP of each of the backbone's blocks are gathered for the time of their own forward and
-    backward pass, everything else for the time of the step. Under bf16 these matrices are gathered in bfloat16, and
-    gradients are still summed in float32: that is what autocast computes with whole weights, too. LayerScale, norms and
-    the residual stream stay in float32, where LayerScale's first values of 1e-5 would be lost in bfloat16.
+    The attention and the MLP of each block, those of a momentum encoder too, are gathered for the time of their own
+    forward and backward pass, everything else for the time of the step. Under bf16 these matrices are gathered in
+    bfloat16, and gradients are still summed in float32: that is what autocast computes with whole weights, too.
+    LayerScale, norms and the residual stream stay in float32, where LayerScale's first values of 1e-5 would be lost in
+    bfloat16.
 
     Args:
-        module: The method, with a ``backbone`` whose ``blocks`` are timm's.
+        module: The method, with a ``backbone`` whose ``blocks`` are timm's, and perhaps a ``teacher_backbone`` like it.
         mesh: The ranks.
         precision: Lightning's name of the precision.
-
-    Raises:
-        ValueError: If the method says that it cannot be trained so.
     """
-    check_shardable(module)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # timm's blocks add to them out of place, which is what this asks for
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for block in module.backbone.blocks:
+    backbones = [module.backbone, *([module.teacher_backbone] if hasattr(module, "teacher_backbone") else [])]
+    for block in (block for backbone in backbones for block in backbone.blocks):
         for part in (block.attn, block.mlp):
             fully_shard(part, mesh=mesh, mp_policy=half if precision == "bf16-mixed" else whole)
     # After validation, too, the parameters must be shards again: the moving average is swapped with them.

@@ -27,7 +27,7 @@ from nepa_plugin.runtime import shipped
 from nepa_plugin.runtime.boundary import boundary, in_words
 from nepa_plugin.runtime.devices import check_compiler, check_launch, resolve_devices
 from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt, Range, check_hints
-from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable
+from nepa_plugin.runtime.sharding import ShardedStrategy
 from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, LoggedBar, RunClock, StepSeed
 from nepa_plugin.training.configs import merged_configs
 from nepa_plugin.training.metrics_file import KeepingCSVLogger, KeptMetrics
@@ -198,8 +198,6 @@ class PretrainCLI(LightningCLI):
 
     def _check(self) -> None:
         self.method = type(self.model).__name__  # sharding replaces the class
-        if isinstance(self.trainer.strategy, ShardedStrategy):
-            check_shardable(self.model)
         if _is_rank_zero():
             self.datamodule.check_method(self.model)
             skipped = self.datamodule.check_images()

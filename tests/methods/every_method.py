@@ -17,8 +17,6 @@ METHODS = ["nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae
 MOMENTUM = {"mocov3", "byol", "dino", "ibot", "ijepa"}
 #: Methods with BatchNorm in a head.
 BATCH_NORM = {"simclr", "mocov3", "simsiam", "byol", "lejepa"}
-#: Methods whose weights can be sharded.
-SHARDED = [name for name in METHODS if name not in MOMENTUM]
 #: Six steps of a smaller network.
 SHORT = [
     *("--trainer.limit_train_batches", "3", "--trainer.max_epochs", "2", "--checkpoint_every_n_steps", "2"),

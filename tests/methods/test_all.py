@@ -127,15 +127,6 @@ def test_resume_is_exact(name, whole, tmp_path, monkeypatch):
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-@pytest.mark.parametrize("name", sorted(MOMENTUM))
-def test_momentum_encoders_cannot_be_sharded(name, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train(name, tmp_path / "run", "--trainer.strategy", "fsdp")
-    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
-    message = f"error: {method_class(name).__name__} cannot be trained with --trainer.strategy fsdp"
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_summary_holds_the_cost(name, whole):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from every_method import BATCH_NORM, METHODS, RANKS, SHARDED, SHORT, Runs, arguments, curve, method_class, state, train
+from every_method import BATCH_NORM, METHODS, RANKS, SHORT, Runs, arguments, curve, method_class, state, train
 from recording import start
 
 import nepa_plugin
@@ -34,7 +34,7 @@ def two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
     half = ["--data.batch_size_per_device", "32", "--trainer.strategy"]
     runs = [arguments(name, out / name, *SHORT, *half, "auto", *RANKS) for name in METHODS]
-    runs += [arguments(name, out / f"{name}-fsdp", *SHORT, *half, "fsdp") for name in SHARDED]
+    runs += [arguments(name, out / f"{name}-fsdp", *SHORT, *half, "fsdp") for name in METHODS]
     printed = start(2, *runs).stdout.splitlines()
     lines = [line for line in printed if line.startswith("epoch ")]
     assert len(lines) == 2 * len(runs)
@@ -107,7 +107,7 @@ def test_images_are_compared_over_both_processes(name, bound, whole, two_process
     assert max(abs(one[step] - two[step]) for step in one) < bound
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", METHODS)
 def test_sharded_weights_are_trained_alike(name, two_processes):
     one, two = curve(two_processes / name), curve(two_processes / f"{name}-fsdp")
     assert list(one) == list(two) and max(abs(one[step] - two[step]) for step in one) < 1e-5

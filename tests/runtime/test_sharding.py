@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nepa_plugin.methods import SimCLR
-from nepa_plugin.runtime.sharding import ShardedStrategy, check_shardable, full_tensors, shards_like
+from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensors, shards_like
 
 
 def test_whole_tensors_stay_as_they_are():
@@ -19,14 +19,6 @@ def test_whole_tensors_stay_as_they_are():
     assert gathered["a"] is state["a"] and gathered["nested"][0] is state["nested"][0] and gathered["nested"][1] == 4
     own = {"a": torch.zeros(3)}
     assert shards_like(state | {"new": torch.ones(1)}, own)["a"] is state["a"]
-
-
-def test_a_method_that_cannot_be_sharded_is_refused():
-    module = nn.Linear(2, 2)
-    check_shardable(module)
-    module.shardable = False
-    with pytest.raises(ValueError, match="Linear cannot be trained with"):
-        check_shardable(module)
 
 
 @pytest.fixture
