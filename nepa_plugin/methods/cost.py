@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,18 +50,10 @@ def _alone() -> Iterator[None]:
         torch.distributed.is_initialized = initialized
 
 
-def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
-    """Count the cost of a training step of one process; the method and the random generators are left as they were.
-
-    Nothing is computed: torch's FakeTensors have a shape and no values.
-
-    Args:
-        method: A method that no trainer is attached to.
-        batch_size: Images in the counted step. Losses that compare images grow with it, by little.
-
-    Returns:
-        The cost per image.
-    """
+def _counted(
+    method: Method, views: list[Tensor], batch_size: int, valueless: bool
+) -> tuple[int, list[tuple[int, int]]]:
+    """Return a step's floating-point operations, and (images, tokens) of every pass through a backbone."""
     method = copy.deepcopy(method).cpu().train()
     passes: list[tuple[int, int]] = []
 
@@ -71,27 +63,46 @@ def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
     for encoder in (method.backbone, getattr(method, "teacher_backbone", None)):
         if hasattr(encoder, "blocks"):
             encoder.blocks[0].register_forward_pre_hook(count)
+    masks = [] if method.masks is None else [method.masks(batch_size)]
+    with (
+        _alone(),
+        FakeTensorMode(allow_non_fake_inputs=True) if valueless else nullcontext(),
+        # The fused CPU kernel is unknown to the counter; the plain one does the same arithmetic.
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        batch = [torch.randn(batch_size, *view.shape) for view in views]
+        method.step(batch, *masks)[0].backward()
+    return counter.get_total_flops(), passes
+
+
+def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
+    """Count the cost of a training step of one process; the method and the random generators are left as they were.
+
+    Nothing is computed, on torch's FakeTensors, which have a shape and no values; but for a method whose step looks at
+    values, which takes its step on the CPU.
+
+    Args:
+        method: A method that no trainer is attached to.
+        batch_size: Images in the counted step. Losses that compare images grow with it, by little.
+
+    Returns:
+        The cost per image.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        image = Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150))
-        views = method.train_transform()(image)
-        masks = [] if method.masks is None else [method.masks(batch_size)]
-        # The fused CPU kernel is unknown to the counter; the plain one does the same arithmetic.
-        with (
-            _alone(),
-            FakeTensorMode(allow_non_fake_inputs=True),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            batch = [torch.empty(batch_size, *view.shape) for view in views]
-            method.step(batch, *masks)[0].backward()
+        views = method.train_transform()(Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150)))
+        try:
+            operations, passes = _counted(method, views, batch_size, valueless=True)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            operations, passes = _counted(method, views, batch_size, valueless=False)
     backbone = {id(p) for p in method.backbone.parameters()}
     others = {id(p): p.numel() for _, p in method._own_parameters() if id(p) not in backbone}
     return TrainingCost(
         views=len(views),
         encoder_passes=sum(images for images, _ in passes) / batch_size,
         encoder_tokens=sum(images * tokens for images, tokens in passes) / batch_size,
-        gflops=counter.get_total_flops() / batch_size / 1e9,
+        gflops=operations / batch_size / 1e9,
         backbone_parameters=sum(p.numel() for p in method.backbone.parameters()),
         discarded_parameters=sum(others.values()),
     )

@@ -39,3 +39,17 @@ def test_leaves_the_method_and_the_generators_alone(method):
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert all(p.grad is None for p in method.parameters())
     assert not method.backbone.blocks[0]._forward_pre_hooks
+
+
+class Looks(NEPA):
+    """A step that asks for a value, as a user's may."""
+
+    def step(self, views):
+        assert float(views[0].mean()) > -100
+        return super().step([views[0][views[0].flatten(1).mean(1) > -100]])
+
+
+def test_a_step_that_looks_at_values_is_counted_too(method):
+    size = {"embed_dim": D, "depth": DEPTH, "num_heads": 2}
+    other = Looks(8, 3, backbone="nepa_vit_tiny_patch14_224", img_size=16, patch_size=4, backbone_args=size)
+    assert training_cost(other) == training_cost(method)
