@@ -69,6 +69,25 @@ class Hangs(Callback):
                 time.sleep(600)
 
 
+class NoWaits(Callback):
+    """Makes every wait of the host for CUDA an error, between the ends of two optimizer steps of one epoch.
+
+    Args:
+        first: The step after whose end nothing may wait.
+        last: The step at whose end it may again.
+    """
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step in (self.first, self.last):
+            torch.cuda.set_sync_debug_mode("error" if trainer.global_step == self.first else "default")
+
+    def on_exception(self, trainer, pl_module, exception):
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Ranks(Callback):
     """Write every rank's losses and its weights at the end of training to ``rank-RANK.pt`` in the run folder."""
 

@@ -48,11 +48,11 @@ def profile_step(case: Case, options: Options, steps: int = 3) -> list[Kernel]:
     method = case.method().to(device).train()
     if case.compiled:
         method.compile_step()
-    views = [view.to(device) for view in RandomViews(method, case.batch_size).batch[0]]
+    batch = RandomViews(method, case.batch_size).transfer_batch_to_device(None, device, 0)
 
     def step() -> None:
         with torch.autocast(device.type, case.dtype, enabled=case.precision != "32-true"):
-            loss = method.step(views)[0]
+            loss = method.step(batch[0], *batch[3:])[0]
         loss.backward()
         method.zero_grad()
 

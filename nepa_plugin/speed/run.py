@@ -70,6 +70,7 @@ class RandomViews(LightningDataModule):
             [torch.randn(batch_size, *view.shape, generator=generator) for view in views],
             torch.randint(1000, (batch_size,), generator=generator),
             [""] * batch_size,
+            *([] if method.masks is None else [method.masks(batch_size)]),
         )
         self._moved = False
 
@@ -80,8 +81,9 @@ class RandomViews(LightningDataModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move the batch once."""
         if not self._moved:
-            views, labels, names = self.batch
-            self.batch, self._moved = ([v.to(device) for v in views], labels.to(device), names), True
+            views, labels, names, *masks = self.batch
+            masks = [[part.to(device) for part in drawn] for drawn in masks]
+            self.batch, self._moved = ([v.to(device) for v in views], labels.to(device), names, *masks), True
         return self.batch
 
 

@@ -6,13 +6,11 @@ import subprocess
 import sys
 from functools import partialmethod
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import WeightAveraging
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -310,46 +308,3 @@ def test_aim_cannot_checkpoint():
     """timm's ViT does not under an attention mask, and would say nothing."""
     with pytest.raises(ValueError, match="grad_checkpointing"):
         build("aim", grad_checkpointing=True)
-
-
-# -- CUDA --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_host_never_waits():
-    """Forward and backward pass, clipping, optimizer and moving average are queued without a synchronisation."""
-    method = nepa().cuda()
-    method._trainer = SimpleNamespace(
-        world_size=1,
-        accumulate_grad_batches=1,
-        estimated_stepping_batches=100,
-        global_step=0,
-        log_every_n_steps=50,
-        current_epoch=0,
-        precision="bf16-mixed",
-    )
-    method.log = method.log_dict = lambda *args, **kwargs: None
-    (optimizer,), _ = method.configure_optimizers()
-    averaging = [c for c in method.configure_callbacks() if isinstance(c, WeightAveraging)]
-    for callback in averaging:
-        callback.setup(method._trainer, method, "fit")
-    batch = ([view.cuda() for view in views_of(method)], torch.zeros(4, dtype=torch.long, device="cuda"), [])
-
-    def train():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = method.training_step(batch, 0)
-        optimizer.zero_grad()
-        loss.backward()
-        method.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        method._trainer.global_step += 1
-        for callback in averaging:
-            callback.on_train_batch_end(method._trainer, method, None, batch, 0)
-
-    train()
-    train()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

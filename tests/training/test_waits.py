@@ -1,8 +1,10 @@
 """How often a training step makes the host wait for the device: by the conversions of tensors to numbers."""
 
+import json
 import traceback
 from collections import Counter
 
+import pytest
 import torch
 from pretraining import run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,3 +37,11 @@ def test_a_step_that_does_not_log_converts_nothing(tmp_path):
         run("--run_dir", tmp_path / "r", "--trainer.log_every_n_steps", 5)
     # global_step counts on within a step, before what was logged is written
     assert conversions.count and set(conversions.count) <= {4, 5, 9, 10, 14, 15, 19, 20}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_says_the_same(tmp_path):
+    """Nothing between two steps of a real run waits for the device: not the loop, the transfer nor the optimizer."""
+    callback = {"class_path": "recording.NoWaits", "init_args": {"first": 3, "last": 9}}
+    more = "--trainer.accelerator", "cuda", "--trainer.devices", "1", "--trainer.log_every_n_steps", "50"
+    run("--run_dir", tmp_path / "r", *more, "--trainer.callbacks", json.dumps([callback]), "--trainer.max_epochs", "3")
