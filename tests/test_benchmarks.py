@@ -20,7 +20,18 @@ def test_all_parts_run_at_toy_size(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "gpu.json").read_text())
-    names = ["peak", "parity", "waits", "strategies", "every_method", "pipelines", "steps", "segmentation", "kernels", "memory"]
+    names = [
+        "peak",
+        "parity",
+        "waits",
+        "strategies",
+        "every_method",
+        "pipelines",
+        "steps",
+        "segmentation",
+        "kernels",
+        "memory",
+    ]
     assert list(results["parts"]) == names and not any("failed" in found for found in results["parts"].values())
     assert results["parts"]["parity"]["causal, float32"] < 1e-5
     assert results["parts"]["waits"]["ibot"] == "none"
