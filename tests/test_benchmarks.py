@@ -1,4 +1,4 @@
-"""The script for the first GPU, at toy size on what there is; and its promise that one failure leaves the others."""
+"""The script for the first GPU, at toy size, whose failures leave the other parts; and the one of two hosts."""
 
 import importlib.util
 import json
@@ -83,3 +83,10 @@ def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.main()
     assert "the time was over" in (tmp_path / "gpu.json").read_text()
+
+
+def test_two_hosts_say_what_they_need(tmp_path):
+    command = [sys.executable, str(SCRIPT.with_name("two_hosts.py")), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PATH=str(tmp_path)))
+    assert done.returncode == 77 and not (tmp_path / "out").exists()
+    assert done.stdout.startswith("Skipped: two hosts on one machine need ") and "iproute2" in done.stdout
