@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,44 +108,52 @@ def parity(place: Place) -> dict[str, Any]:
     return found
 
 
-def every_method(place: Place) -> dict[str, Any]:
-    """The first and the last loss of ten steps of each method's digits config, by its own command."""
-    found: dict[str, Any] = {}
-    for name in TOY_METHODS if place.toy else METHODS:
+def each(names: Iterable[str], measure: Callable[[str], str]) -> dict[str, Any]:
+    """Measure by name; one failure leaves the others."""
+    found = {}
+    for name in names:
         try:
-            losses = place.run(name, config=name)
-            assert all(loss == loss and abs(loss) < 1e6 for loss in losses), losses
-            found[name] = f"{losses[0]:.4g} -> {losses[-1]:.4g}"
+            found[name] = measure(name)
         except BaseException as error:
             traceback.print_exc()
             found[name] = failure(error)
-    return found | fail_if_any(found)
+    failed = [name for name, value in found.items() if value.startswith("FAILED")]
+    return found | ({"failed": ", ".join(failed)} if failed else {})
+
+
+def every_method(place: Place) -> dict[str, Any]:
+    """The first and the last loss of ten steps of each method's digits config, by its own command."""
+
+    def measure(name: str) -> str:
+        losses = place.run(name, config=name)
+        assert all(loss == loss and abs(loss) < 1e6 for loss in losses), losses
+        return f"{losses[0]:.4g} -> {losses[-1]:.4g}"
+
+    return each(TOY_METHODS if place.toy else METHODS, measure)
 
 
 def waits(place: Place) -> dict[str, Any]:
     """What makes the host wait in a step of each method, by CUDA's own check: nothing."""
-    found: dict[str, Any] = {}
     batch_size = 2 if place.toy else 16
-    for name in TOY_METHODS if place.toy else METHODS:
+
+    def measure(name: str) -> str:
+        model = read_config(CONFIGS / f"{name}_digits.yaml")["model"]
+        cls = getattr(methods, model["class_path"].rsplit(".", 1)[1])
+        method: Method = cls(batch_size_per_device=batch_size, num_classes=0, **model["init_args"])
+        step = partial(one_step, method.to(place.device).train(), place, batch_size)
+        step()
+        step()
+        place.synchronize()
         try:
-            model = read_config(CONFIGS / f"{name}_digits.yaml")["model"]
-            cls = getattr(methods, model["class_path"].rsplit(".", 1)[1])
-            method: Method = cls(batch_size_per_device=batch_size, num_classes=0, **model["init_args"])
-            step = partial(one_step, method.to(place.device).train(), place, batch_size)
-            step()
-            step()
-            place.synchronize()
             if place.kind == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
             step()
-            found[name] = "none"
-        except BaseException as error:
-            traceback.print_exc()
-            found[name] = failure(error)
         finally:
             if place.kind == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    return found | fail_if_any(found)
+        return "none"
+
+    return each(TOY_METHODS if place.toy else METHODS, measure)
 
 
 def one_step(method: Method, place: Place, batch_size: int) -> None:
@@ -174,16 +182,14 @@ def strategies(place: Place) -> dict[str, Any]:
         "ddp": ["--trainer.strategy", "ddp"],
         "fsdp": ["--trainer.strategy", "fsdp"],
     }
-    for name, more in options.items():
-        try:
-            losses = place.run(name, *more)
-            far = max(abs(one - other) for one, other in zip(plain, losses, strict=True))
-            assert far < 0.01 * max(map(abs, plain)) + 1e-3, f"losses differ by {far:.3g}: {losses} and {plain}"
-            found[name] = f"largest difference {far:.2g}"
-        except BaseException as error:
-            traceback.print_exc()
-            found[name] = failure(error)
-    return found | fail_if_any(found)
+
+    def measure(name: str) -> str:
+        losses = place.run(name, *options[name])
+        far = max(abs(one - other) for one, other in zip(plain, losses, strict=True))
+        assert far < 0.01 * max(map(abs, plain)) + 1e-3, f"losses differ by {far:.3g}: {losses} and {plain}"
+        return f"largest difference {far:.2g}"
+
+    return found | each(options, measure)
 
 
 def pipelines(place: Place) -> dict[str, Any]:
@@ -334,11 +340,6 @@ PARTS: list[Callable[[Place], dict[str, Any]]] = [
 
 def failure(error: BaseException) -> str:
     return f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def fail_if_any(found: dict[str, Any]) -> dict[str, Any]:
-    failed = [name for name, value in found.items() if str(value).startswith("FAILED")]
-    return {"failed": ", ".join(failed)} if failed else {}
 
 
 def in_a_process(part: Callable[[Place], dict[str, Any]], toy: bool, out: Path) -> None:
