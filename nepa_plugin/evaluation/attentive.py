@@ -137,7 +137,7 @@ class AttentiveProbe(LightningModule):
         optimizer = AdamW(groups, lr=self.options.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = min(round(self.options.warmup_fraction * steps), steps // 2)
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps, end_value=0.0)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 

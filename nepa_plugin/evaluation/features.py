@@ -72,6 +72,14 @@ def pool_tokens(tokens: Tensor, pool: str, num_prefix_tokens: int) -> Tensor:
     return tokens[:, -1].float() if pool == "last" else tokens[:, num_prefix_tokens:].float().mean(dim=1)
 
 
+def pool_states(
+    model: Any, states: dict[str, Tensor], pairs: Sequence[tuple[str, str]]
+) -> dict[tuple[str, str], Tensor]:
+    """Return the pooled features (B, D) of (depth, pooling) pairs of the tokens that :func:`token_states` caught."""
+    prefix = int(model.num_prefix_tokens)
+    return {(depth, pool): pool_tokens(states[depth], pool, prefix) for depth, pool in pairs}
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode without gradients inside the block, and back as it was after it."""
@@ -152,6 +160,7 @@ def extract_depth_features(
     batches: Iterable[tuple[Tensor, Tensor, Any]],
     device: str | torch.device = "cpu",
     wanted: Sequence[tuple[str, str]] | None = None,
+    count: int | None = None,
 ) -> DepthFeatures:
     """Run images through a frozen transformer and pool the tokens at every depth.
 
@@ -160,6 +169,8 @@ def extract_depth_features(
         batches: Yields (images (B, C, H, W), labels (B,), filenames).
         device: Where to run; bf16 autocast on CUDA.
         wanted: (depth, pooling) pairs, ``"tokens"`` as the pooling for all tokens; every depth and pooling by default.
+        count: Number of images. Where it is given, their features take their place in memory once; otherwise one
+            tensor needs twice its size while it is put together.
 
     Returns:
         The features of all images, in the order in which they came.
@@ -171,27 +182,49 @@ def extract_depth_features(
     device = torch.device(device)
     if wanted is None:
         wanted = [(depth, pool) for depth in depth_names(model) for pool in pool_names(model)]
-    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    kept: dict[tuple[str, str], list[Tensor]] = {pair: [] for pair in wanted}
+    kept = {pair: _Rows(count) for pair in wanted}
     labels = []
     with frozen(model), token_states(model, list(dict.fromkeys(depth for depth, _ in wanted))) as states:
         model.to(device)
         for images, targets, *_ in batches:
             with autocast(device):
                 model.forward_features(images.to(device, non_blocking=True))  # type: ignore[operator]
-            pooled = [pair for pair in wanted if pair[1] != "tokens"]
+            pooled = pool_states(model, states, [pair for pair in wanted if pair[1] != "tokens"])
             if pooled:  # one copy to the CPU for all of them
-                rows = torch.stack([pool_tokens(states[depth], pool, prefix) for depth, pool in pooled]).cpu()
-                for pair, row in zip(pooled, rows.unbind(), strict=True):
-                    kept[pair].append(row)
+                for pair, rows in zip(pooled, torch.stack(list(pooled.values())).cpu().unbind(), strict=True):
+                    kept[pair].add(rows)
             for depth, pool in wanted:
                 if pool == "tokens":
-                    kept[depth, pool].append(states[depth].float().cpu())
+                    kept[depth, pool].add(states[depth].float().cpu())
             labels.append(targets)
     if not labels:
         raise ValueError("There are no images to extract features from.")
-    joined = {pair: torch.cat(parts) for pair, parts in kept.items()}
-    return from_pairs(joined, torch.cat(labels))
+    return from_pairs({pair: rows.join() for pair, rows in kept.items()}, torch.cat(labels))
+
+
+class _Rows:
+    """Rows of one tensor that come in parts; of a known number, they are written where they will stay."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+        self.parts: list[Tensor] = []
+        self.filled = 0
+
+    def add(self, rows: Tensor) -> None:
+        if self.count is None:
+            self.parts.append(rows.clone())  # a view would keep what it is a part of
+            return
+        if not self.parts:
+            self.parts.append(torch.empty(self.count, *rows.shape[1:], dtype=rows.dtype))
+        self.parts[0][self.filled : self.filled + len(rows)] = rows
+        self.filled += len(rows)
+
+    def join(self) -> Tensor:
+        if self.count is not None and self.filled != self.count:
+            raise ValueError(f"{self.filled} images came, not the {self.count} that were said.")
+        whole = torch.cat(self.parts) if self.count is None else self.parts[0]
+        self.parts = []
+        return whole
 
 
 def from_pairs(pairs: dict[tuple[str, str], Tensor], labels: Tensor) -> DepthFeatures:
@@ -219,43 +252,62 @@ def concat_depths(features: DepthFeatures, k: int = 4) -> DepthFeatures:
     Returns:
         The features with one more pooling, (N, up to k * D).
     """
-    depths = list(features.features)
-    unit = [normalize(features.features[depth]["mean"], dim=1) for depth in depths]
-    joined = {
-        depth: features.features[depth] | {"concat": torch.cat(unit[max(0, i + 1 - k) : i + 1], dim=1)}
-        for i, depth in enumerate(depths)
-    }
+    joined = {depth: pools | {"concat": concat_depth(features, depth, k)} for depth, pools in features.features.items()}
     return DepthFeatures(joined, features.labels, features.tokens)
 
 
-def gather_rows(rows: Tensor, total: int, device: str | torch.device = "cpu") -> Tensor | None:
+def concat_depth(features: DepthFeatures, depth: str, k: int = 4) -> Tensor:
+    """Return what :func:`concat_depths` adds at one depth, (N, up to k * D)."""
+    depths = list(features.features)
+    at = depths.index(depth) + 1
+    return torch.cat([normalize(features.features[name]["mean"], dim=1) for name in depths[max(0, at - k) : at]], dim=1)
+
+
+def gather_rows(
+    rows: Tensor, total: int, device: str | torch.device = "cpu", everywhere: bool = False, chunk: int = 4096
+) -> Tensor | None:
     """Collect rows that the processes hold in turn, row i in process ``i % world_size``, in their order.
 
     Args:
         rows: This process's rows (n, ...), n differing by at most one between processes.
         total: Number of all rows.
         device: Where the process group communicates.
+        everywhere: Whether every process is to have them, and not process zero alone.
+        chunk: Rows of a process that travel at a time, which is what the device must have room for.
 
     Returns:
-        All rows (total, ...) on the CPU in process zero, each once; ``None`` in the others.
+        All rows (total, ...) on the CPU, each once; ``None`` in the processes that do not have them.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
     world_size = dist.get_world_size()
-    padded = torch.zeros(-(-total // world_size), *rows.shape[1:], dtype=rows.dtype, device=device)
-    padded[: len(rows)] = rows.to(device)
-    parts = [torch.empty_like(padded) for _ in range(world_size)] if dist.get_rank() == 0 else None
-    dist.gather(padded, parts)
-    return None if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[:total].cpu()
+    receives = everywhere or dist.get_rank() == 0
+    whole = torch.empty(total, *rows.shape[1:], dtype=rows.dtype) if receives else None
+    for start in range(0, -(-total // world_size), chunk):
+        mine = rows[start : start + chunk]
+        count = min(chunk, -(-total // world_size) - start)
+        padded = torch.zeros(count, *rows.shape[1:], dtype=rows.dtype, device=device)
+        padded[: len(mine)] = mine.to(device)
+        parts = [torch.empty_like(padded) for _ in range(world_size)] if receives else []
+        if everywhere:
+            dist.all_gather(parts, padded)
+        else:
+            dist.gather(padded, parts or None)
+        if whole is not None:
+            place = whole[start * world_size : (start + count) * world_size]
+            place.copy_(torch.stack(parts, dim=1).flatten(0, 1)[: len(place)])
+    return whole
 
 
-def gather_features(features: DepthFeatures, total: int, device: str | torch.device = "cpu") -> DepthFeatures | None:
+def gather_features(
+    features: DepthFeatures, total: int, device: str | torch.device = "cpu", everywhere: bool = False
+) -> DepthFeatures | None:
     """Collect the features of images ``rank::world_size`` of every process; see :func:`gather_rows`."""
-    labels = gather_rows(features.labels, total, device)
+    labels = gather_rows(features.labels, total, device, everywhere)
     pairs = {
-        (depth, pool): gather_rows(value, total, device)
+        (depth, pool): gather_rows(value, total, device, everywhere)
         for depth, by_pool in features.features.items()
         for pool, value in by_pool.items()
     }
-    pairs |= {(depth, "tokens"): gather_rows(value, total, device) for depth, value in features.tokens.items()}
+    pairs |= {(d, "tokens"): gather_rows(value, total, device, everywhere) for d, value in features.tokens.items()}
     return None if labels is None else from_pairs({k: v for k, v in pairs.items() if v is not None}, labels)

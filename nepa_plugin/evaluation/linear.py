@@ -33,7 +33,7 @@ class LinearOptions:
     """How the linear probe is trained.
 
     The defaults of ``sgd`` are the usual ImageNet recipe, as in MoCo and SimCLR: SGD with momentum, no weight decay,
-    cosine to zero, random resized crops and flips.
+    lightly's cosine to a thousandth, random resized crops and flips.
 
     Args:
         solver: ``"sgd"`` (lightly's classifier on augmented images), ``"logistic"`` (scikit-learn on cached features),
@@ -41,6 +41,7 @@ class LinearOptions:
         logistic_limit: Largest number of training images for which ``auto`` takes logistic regression.
         C: Inverse strength of logistic regression's L2 penalty.
         epochs: Epochs of SGD.
+        readout_epochs: Epochs of SGD for the readout, whose probes share them; DINOv2's number.
         lr: Learning rate per 256 images.
         momentum: Of SGD.
         weight_decay: Of SGD.
@@ -54,6 +55,7 @@ class LinearOptions:
     logistic_limit: NonNegativeInt = 50_000
     C: PositiveFloat = 1.0
     epochs: PositiveInt = 90
+    readout_epochs: PositiveInt = 10
     lr: PositiveFloat = 0.1
     momentum: FractionBelowOne = 0.9
     weight_decay: NonNegativeFloat = 0.0

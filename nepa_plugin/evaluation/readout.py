@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
-from nepa_plugin.evaluation.features import DepthFeatures
+from nepa_plugin.evaluation.features import DepthFeatures, concat_depth
 from nepa_plugin.evaluation.knn import knn_accuracy
 from nepa_plugin.evaluation.linear import logistic_probe
 
@@ -24,7 +25,13 @@ class ReadoutRow:
 
 
 def readout(
-    train: DepthFeatures, val: DepthFeatures, k: int = 20, temperature: float = 0.1, C: float = 1.0
+    train: DepthFeatures,
+    val: DepthFeatures,
+    k: int = 20,
+    temperature: float = 0.1,
+    C: float = 1.0,
+    concat: int = 0,
+    device: str | torch.device = "cpu",
 ) -> list[ReadoutRow]:
     """Score every depth and pooling.
 
@@ -34,16 +41,22 @@ def readout(
         k: Neighbours of kNN.
         temperature: Of kNN's votes.
         C: Inverse strength of the linear probe's penalty.
+        concat: Score :func:`concat_depths` of so many depths, too, of which one at a time is put together.
+        device: Where kNN computes similarities.
 
     Returns:
         A row per depth and pooling, from the input embedding to the final norm.
     """
     rows = []
     for depth, pools in train.features.items():
-        for pool, features in pools.items():
-            data = features, train.labels, val.features[depth][pool], val.labels
-            accuracies = knn_accuracy(*data, k=k, temperature=temperature), logistic_probe(*data, C=C)
-            rows.append(ReadoutRow(depth, pool, *accuracies))
+        for pool in [*pools, *(["concat"] if concat else [])]:
+            fit, score = (
+                concat_depth(part, depth, concat) if pool == "concat" and concat else part.features[depth][pool]
+                for part in (train, val)
+            )
+            data = fit, train.labels, score, val.labels
+            knn = knn_accuracy(*data, k=k, temperature=temperature, device=device)
+            rows.append(ReadoutRow(depth, pool, knn, logistic_probe(*data, C=C)))
     return rows
 
 

@@ -22,7 +22,6 @@ from nepa_plugin.evaluation.features import (
     FrozenFeatures,
     check_depth,
     check_model,
-    concat_depths,
     depth_names,
     extract_depth_features,
     from_pairs,
@@ -34,10 +33,12 @@ from nepa_plugin.evaluation.finetune import finetune
 from nepa_plugin.evaluation.images import ImageFormat, Images, Split, open_images, ordered_loader
 from nepa_plugin.evaluation.knn import knn_accuracy
 from nepa_plugin.evaluation.linear import linear_probe, logistic_probe
+from nepa_plugin.evaluation.memory import Sizes, check_memory, memory_steps
 from nepa_plugin.evaluation.options import EvaluationOptions
 from nepa_plugin.evaluation.processes import Runtime, environment, find_devices, launch
 from nepa_plugin.evaluation.readout import readout, readout_figure
 from nepa_plugin.evaluation.results import check_same_data, read_results, readout_rows, write_results
+from nepa_plugin.evaluation.streamed import streamed_readout
 from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.places import check_folder
 
@@ -125,6 +126,9 @@ class _Evaluation:
             raise ValueError(f"pool {options.pool!r}: this model's features are {', '.join(pool_names(model))}.")
         self.form = ImageFormat.of(model, options.crop_pct)
         self.solver = options.linear.choose(len(images.train))
+        with frozen(model):
+            example = torch.zeros(1, 3, *self.form.size, device=next(model.parameters()).device)
+            self._tokens = FrozenFeatures(model, "final norm", None)(example).shape[1]
         self.seconds = 0.0
         self.results: dict[str, Any] = {
             "backbone": {
@@ -154,6 +158,9 @@ class _Evaluation:
             check_same_data(before, self.results, Path(cast(str, out)) / "results.json")
         cached_tokens = "attentive" in protocols and self._tokens_fit()
         wanted = self._wanted(protocols, cached_tokens)
+        pooled = sum(pool != "tokens" for _, pool in wanted)
+        sizes = Sizes.of(self.model, self._tokens, self.images, self.runtime)
+        check_memory(memory_steps(sizes, protocols, self.options, pooled, cached_tokens), self.runtime.device)
         start = time.perf_counter()
         features = self._features(self.model, wanted) if wanted else None
         self.seconds = time.perf_counter() - start
@@ -170,8 +177,16 @@ class _Evaluation:
                 entry |= attentive_probe(self.model, *place, *options, num_workers=workers, seed=seed)
         if "finetune" in protocols:
             self._finetune(out)
+        if "readout" in protocols and self.solver == "sgd":
+            with self._timed("readout", out) as entry:
+                networks = {"rows": self.model}
+                if self.options.floor:
+                    networks["untrained_rows"] = untrained_like(self.model, self.options.seed)
+                for name, network in networks.items():
+                    entry[name] = [asdict(row) for row in streamed_readout(network, *place, self.options)]
+            self._draw_readout(out)
         floor = None
-        if "readout" in protocols and self.options.floor:
+        if "readout" in protocols and self.solver == "logistic" and self.options.floor:
             pairs = [pair for pair in wanted if pair[1] != "tokens"]
             floor = self._features(untrained_like(self.model, self.options.seed), pairs)
         if self.runtime.rank:
@@ -182,7 +197,7 @@ class _Evaluation:
 
     def _wanted(self, protocols: Sequence[str], tokens: bool) -> list[Pair]:
         pairs: list[Pair] = []
-        if "readout" in protocols:
+        if "readout" in protocols and self.solver == "logistic":
             pairs += [(depth, pool) for depth in depth_names(self.model) for pool in pool_names(self.model)]
         if "knn" in protocols or ("linear" in protocols and self.solver == "logistic"):
             pairs.append((self.options.depth, self.options.pool))
@@ -193,12 +208,9 @@ class _Evaluation:
     def _tokens_fit(self) -> bool:
         if self.options.attentive.augment or self.runtime.world_size > 1:
             return False
-        with frozen(self.model):
-            device = next(self.model.parameters()).device
-            example = torch.zeros(1, 3, *self.form.size, device=device)
-            per_image = FrozenFeatures(self.model, self.attentive_depth, None)(example).numel() * 4
+        per_image = self._tokens * self.model.num_features * 4
         count = len(self.images.train) + len(self.images.val)
-        return per_image * count <= self.options.attentive.max_token_gb * 1e9
+        return bool(per_image * count <= self.options.attentive.max_token_gb * 1e9)
 
     def _score(
         self,
@@ -214,7 +226,7 @@ class _Evaluation:
             data = train.features[depth][pool], train.labels, val.features[depth][pool], val.labels
         if "knn" in protocols:
             with self._timed("knn", out) as entry:
-                entry["top1"] = knn_accuracy(*data, k=options.k, temperature=options.temperature)
+                entry["top1"] = knn_accuracy(*data, options.k, options.temperature, self.runtime.device)
         if "linear" in protocols and self.solver == "logistic":
             with self._timed("linear", out) as entry:
                 entry["top1"] = logistic_probe(*data, C=options.linear.C)
@@ -223,15 +235,20 @@ class _Evaluation:
                 fit, score = (TokenSet(part.tokens[self.attentive_depth], part.labels) for part in features)
                 arguments = len(self.images.classes), self.runtime, options.attentive, options.seed
                 entry |= attentive_probe_tokens(fit, score, *arguments)
-        if "readout" in protocols:
+        if "readout" in protocols and self.solver == "logistic":
             with self._timed("readout", out) as entry:
+                device = self.runtime.device
+                knn = options.k, options.temperature
                 for name, pair in (("rows", features), ("untrained_rows", floor)):
                     if pair is not None:
-                        fit_on, score_on = (concat_depths(part, options.concat) for part in pair)
-                        settings = options.k, options.temperature, options.linear.C
-                        entry[name] = [asdict(row) for row in readout(fit_on, score_on, *settings)]
-            if out is not None:
-                readout_figure(readout_rows(self.results), Path(out) / "readout.png")
+                        entry[name] = [
+                            asdict(row) for row in readout(*pair, *knn, options.linear.C, options.concat, device)
+                        ]
+            self._draw_readout(out)
+
+    def _draw_readout(self, out: str | Path | None) -> None:
+        if out is not None and self.runtime.rank == 0:
+            readout_figure(readout_rows(self.results), Path(out) / "readout.png")
 
     def _finetune(self, out: str | Path | None) -> None:
         with self._timed("finetune", out) as entry:
@@ -267,10 +284,10 @@ class _Evaluation:
             "linear": ["depth", "pool", "linear"],
             "attentive": ["attentive"],
             "finetune": ["finetune"],
-            "readout": ["k", "temperature", "concat", "floor"],
+            "readout": ["k", "temperature", "concat", "floor", "linear"],
         }[protocol]
         chosen = {name: options[name] for name in names + shared} | {"crop_pct": self.form.crop_pct}
-        if protocol == "linear":
+        if "linear" in chosen:
             chosen["linear"] |= {"solver": self.solver}
         if protocol == "attentive":
             chosen["attentive"] |= {"depth": self.attentive_depth}
@@ -303,7 +320,8 @@ class _Evaluation:
             )
             if self.runtime.progress:
                 loader = track(loader, f"features of {split}")
-            local = extract_depth_features(model, loader, self.runtime.device, missing)
+            share = len(range(self.runtime.rank, len(images), self.runtime.world_size))
+            local = extract_depth_features(model, loader, self.runtime.device, missing, share)
             whole = gather_features(local, len(images), self.runtime.device)
             if whole is None:
                 return None
@@ -312,6 +330,7 @@ class _Evaluation:
             new["labels"] = whole.labels
             if cache is not None:
                 cache.write(new)
+                new |= cache.read(new)  # mapped from the disk: what memory held of them is free again
             found |= new
         if self.runtime.rank:
             return None

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from lightly.utils.benchmarking.knn import knn_predict
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
 
-from nepa_plugin.evaluation import knn_accuracy
+from nepa_plugin.evaluation import knn, knn_accuracy
+from nepa_plugin.evaluation.knn import NearestNeighbours, bank_rows
 
 
 def _digits():
@@ -31,11 +34,20 @@ def test_scale_does_not_matter():
     assert knn_accuracy(7 * train, train_labels, 0.5 * val, val_labels) == pytest.approx(expected, abs=0.2)
 
 
-def test_more_images_than_one_chunk():
+@pytest.mark.parametrize("rows", [7, 256, 999])
+def test_in_chunks_equals_lightly_at_once(monkeypatch, rows):
     train, train_labels, val, val_labels = _digits()
-    once = knn_accuracy(train, train_labels, val, val_labels)
-    twice = knn_accuracy(train, train_labels, val.repeat(2, 1), val_labels.repeat(2))
-    assert twice == pytest.approx(once, abs=0.2)
+    bank, queries = normalize(train, dim=1), normalize(val, dim=1)
+    expected = knn_predict(queries, bank.t().contiguous(), train_labels, 10, knn_k=20, knn_t=0.1)[:, 0]
+    nearest = NearestNeighbours(len(queries), 20)
+    for part, labels in zip(bank.split(rows), train_labels.split(rows), strict=True):
+        nearest.add(queries @ part.t(), labels)
+    assert torch.equal(nearest.predict(10, 0.1), expected)
+
+    monkeypatch.setattr(knn, "bank_rows", lambda queries: rows)
+    hits = int((expected == val_labels).sum())
+    assert knn_accuracy(train, train_labels, val, val_labels) == 100 * hits / len(val_labels)
+    assert (knn.bank_rows(50_000), bank_rows(50_000), bank_rows(10**6)) == (rows, 1342, 256)
 
 
 def test_value():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,20 @@ def test_tokens_are_checked_too(tmp_path):
     cache.write({"final norm/tokens": torch.ones(3, 4)})
     assert set(cache.read(["final norm/tokens", "labels"])) == {"labels"}
     assert cache.folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's account of memory")
+def test_what_is_kept_is_mapped_and_not_loaded(tmp_path):
+    def anonymous():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    cache = FeatureCache(["key"], torch.zeros(60_000, dtype=torch.long), 768)
+    cache.write({"final norm/mean": torch.ones(60_000, 768)})  # 184 MB
+    before = anonymous()
+    values = cache.read(["final norm/mean"])["final norm/mean"]
+    assert float(values.sum()) == 60_000 * 768
+    assert anonymous() - before < 60e6
 
 
 def test_a_full_disk_loses_no_score(model, tmp_path, monkeypatch):
