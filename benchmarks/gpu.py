@@ -229,9 +229,9 @@ def toy_case(**more: Any) -> Case:
 
 
 def steps(place: Place) -> dict[str, Any]:
-    """Training steps in bf16: eager and compiled, beside timm's plain ViT of the same size, in turns."""
+    """Training steps in bf16: eager and compiled, beside timm's plain ViT and NEPA's step without fused kernels."""
     if place.toy:
-        chosen = [toy_case(), toy_case(contender="timm", attention="bidirectional")]
+        chosen = [toy_case(), toy_case(contender="timm", attention="bidirectional"), toy_case(contender="written-out")]
         options = Options(steps=2, warmup=1, rounds=1, accelerator=place.kind)
     else:
         chosen = [
@@ -241,7 +241,8 @@ def steps(place: Place) -> dict[str, Any]:
             for compiled in (False, True)
         ]
         plain = Case("timm", batch_size=256, attention="bidirectional")
-        chosen[2:2] = [plain, Case("timm", batch_size=256, attention="bidirectional", compiled=True)]
+        timm_compiled = Case("timm", batch_size=256, attention="bidirectional", compiled=True)
+        chosen[2:2] = [plain, timm_compiled, Case("written-out", batch_size=256)]
         options = Options(steps=8, warmup=3, rounds=1, accelerator=place.kind)
     report = benchmark(chosen, options, report=lambda line: print(line, flush=True))
     found: dict[str, Any] = {"matrix peak, TFLOP/s": round(max(report["matrix_peak"].values()) / 1e12, 1)}

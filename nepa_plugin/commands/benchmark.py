@@ -41,7 +41,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--attention", nargs="+", choices=["causal", "bidirectional"], default=["causal"])
     parser.add_argument("--depth", nargs="+", type=int, default=[None], help="blocks; the model's own by default")
     parser.add_argument("--grad-checkpointing", nargs="*", choices=["off", "on"], default=["off"])
-    parser.add_argument("--compare", nargs="+", default=[], help=f"others beside NEPA: {', '.join([*NAMES, PLAIN])}")
+    parser.add_argument("--compare", nargs="+", default=[], help=f"others beside NEPA: {', '.join([*NAMES, *PLAIN])}")
     parser.add_argument("--data", default="random", help="'random', or a folder of images")
     parser.add_argument("--pipeline", nargs="+", choices=["pil", "tensor", "device"], default=["pil"])
     parser.add_argument("--num-workers", type=int, default=None)

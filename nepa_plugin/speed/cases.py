@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import nn
 from nepa_plugin import methods
 from nepa_plugin.methods import Method
 from nepa_plugin.models import MODEL_SIZES
+from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.ranges import PositiveInt, check_ranges
+from nepa_plugin.speed.written_out import WrittenOut
 
-#: The contender that is no method: timm's own ``Eva`` of the same size in a bare PyTorch loop.
-PLAIN = "timm"
+#: The contenders that are no method, in a bare PyTorch loop: timm's own ``Eva`` of the same size, and NEPA's step
+#: without any fused kernel.
+PLAIN = ("timm", "written-out")
 #: Methods whose ImageNet configs train the NEPA predictor; the masked ones take the plain ViT of the same size.
 ON_PREDICTOR = ("nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa")
 NAMES: dict[str, type[Method]] = {
@@ -33,7 +36,7 @@ class Case:
     """One contender at one size.
 
     Attributes:
-        contender: Name of a method in lower case, or ``"timm"``.
+        contender: Name of a method in lower case, ``"timm"``, or ``"written-out"``.
         model: ``"tiny"`` ... ``"huge"``.
         img_size: Image size in pixels.
         patch_size: Patch size in pixels.
@@ -60,8 +63,8 @@ class Case:
 
     def __post_init__(self) -> None:
         check_ranges(type(self), vars(self))
-        if self.contender not in (*NAMES, PLAIN):
-            raise ValueError(f"No method {self.contender!r} to time: choose from {', '.join([*NAMES, PLAIN])}.")
+        if self.contender not in (*NAMES, *PLAIN):
+            raise ValueError(f"No method {self.contender!r} to time: choose from {', '.join([*NAMES, *PLAIN])}.")
         if self.model not in MODEL_SIZES:
             raise ValueError(f"model={self.model!r} is none of {', '.join(MODEL_SIZES)}.")
         if self.img_size % self.patch_size:
@@ -78,7 +81,7 @@ class Case:
     def label(self) -> str:
         """The case in words."""
         parts = [self.contender, self.model, f"{self.img_size}px", f"batch {self.batch_size}", self.precision]
-        parts += [self.attention] if self.contender == "nepa" else []
+        parts += [self.attention] if self.contender in ("nepa", "written-out") else []
         parts += [f"depth {self.depth}"] if self.depth else []
         parts += [self.pipeline] if self.pipeline != "pil" else []
         parts += ["compiled"] if self.compiled else []
@@ -104,9 +107,13 @@ class Case:
             method.backbone.set_attention(self.attention)
         return method
 
-    def plain(self) -> Eva:
-        """Build timm's model with NEPA's arguments, its own QK-norm and attention."""
+    def plain(self) -> Eva | WrittenOut:
+        """Build timm's model with NEPA's arguments, its own QK-norm and attention, or NEPA's step written out."""
         embed_dim, depth, num_heads = MODEL_SIZES[self.model]
+        if self.contender == "written-out":
+            backbone = replace(self, contender="nepa").method().backbone
+            assert isinstance(backbone, NepaViT)
+            return WrittenOut(backbone)
         model = Eva(
             img_size=self.img_size,
             patch_size=self.patch_size,

@@ -41,8 +41,8 @@ def profile_step(case: Case, options: Options, steps: int = 3) -> list[Kernel]:
     Raises:
         ValueError: For the plain model, which is no method.
     """
-    if case.contender == PLAIN:
-        raise ValueError("Only a method's step is profiled, not timm's.")
+    if case.contender in PLAIN:
+        raise ValueError(f"Only a method's step is profiled, not that of {case.contender}.")
     device = torch.device(resolve_devices(options.accelerator, 1).accelerator)
     torch.manual_seed(0)
     method = case.method().to(device).train()

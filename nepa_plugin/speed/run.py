@@ -20,6 +20,7 @@ from nepa_plugin.data.files import image_folder
 from nepa_plugin.data.module import ImageData
 from nepa_plugin.methods import Method
 from nepa_plugin.methods.cost import training_cost
+from nepa_plugin.models import MODEL_SIZES
 from nepa_plugin.runtime.devices import check_compiler, resolve_devices
 from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveInt, check_ranges
@@ -161,7 +162,9 @@ def time_method(case: Case, options: Options) -> tuple[list[dict[str, float]], i
 
 
 def time_plain(case: Case, options: Options) -> tuple[list[dict[str, float]], int | None]:
-    """Time timm's own ``Eva`` in a bare loop: forward pass, mean square of the output, backward pass, AdamW.
+    """Time a contender that is no method in a bare loop: forward pass, loss, backward pass, AdamW.
+
+    The loss of timm's own ``Eva`` is the mean square of its output; ``written-out`` returns NEPA's.
 
     Args:
         case: The size.
@@ -185,9 +188,9 @@ def time_plain(case: Case, options: Options) -> tuple[list[dict[str, float]], in
             memory = PeakMemory(device)
         clock.mark("start")
         with torch.autocast(device.type, case.dtype, enabled=case.precision != "32-true"):
-            tokens: Tensor = model(images)
+            output: Tensor = model(images)
         clock.mark("loss_start")
-        loss = tokens.float().square().mean()
+        loss = output if output.ndim == 0 else output.float().square().mean()
         clock.mark("loss_end")
         optimizer.zero_grad()
         clock.mark("backward_start")
@@ -222,9 +225,9 @@ def benchmark(
     """
     devices = resolve_devices(options.accelerator, options.devices)
     device = torch.device(devices.accelerator)
-    if any(case.contender == PLAIN for case in chosen) and (devices.count > 1 or options.data != "random"):
+    if any(case.contender in PLAIN for case in chosen) and (devices.count > 1 or options.data != "random"):
         raise ValueError(
-            "The plain timm step is timed on one device and random images: leave out --devices and --data."
+            f"{' and '.join(PLAIN)} are timed on one device and random images: leave out --devices and --data."
         )
     if options.data != "random":
         image_folder(options.data)  # before anything is measured
@@ -242,7 +245,7 @@ def benchmark(
         peaks[str(case.dtype)] = max(peaks.get(str(case.dtype), 0.0), matrix_peak(device, case.dtype, repeats=5))
         PeakMemory.release()
         with _quiet():
-            steps, peak_memory = (time_plain if case.contender == PLAIN else time_method)(case, options)
+            steps, peak_memory = (time_plain if case.contender in PLAIN else time_method)(case, options)
         turns[case].append(steps)
         memory[case] = max((m for m in (memory.get(case), peak_memory) if m is not None), default=None)
         seconds = statistics.median(step["step"] for step in steps)
@@ -275,10 +278,9 @@ def benchmark(
 
 def flops_per_image(case: Case) -> float:
     """Return the FLOPs of a training step per image: counted in a method's step, by formula for the plain model."""
-    if case.contender == PLAIN:
-        model = case.plain()
-        patch = 3 * case.patch_size**2
-        return vit_training_flops(model.embed_dim, len(model.blocks), case.tokens - 1, patch)
+    if case.contender in PLAIN:
+        embed_dim, depth, _ = MODEL_SIZES[case.model]
+        return vit_training_flops(embed_dim, case.depth or depth, case.tokens - 1, 3 * case.patch_size**2)
     return training_cost(case.method(), batch_size=2).gflops * 1e9
 
 

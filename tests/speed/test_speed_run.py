@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from refusal import refusal
 
 from nepa_plugin.data import digits_folder
 from nepa_plugin.speed import Case, Options, benchmark, cases
 from nepa_plugin.speed.clock import PHASES
+from nepa_plugin.speed.written_out import WrittenOut
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 TINY = ["--model", "tiny", "--img-size", "28", "--depth", "2", "--batch-size", "2", "--accelerator", "cpu"]
@@ -73,6 +75,7 @@ def test_images_from_a_folder(tmp_path, monkeypatch):
         (["--devices", "999"], "999 asks for more than this machine has"),
         (["--rounds", "0"], "rounds must be at least 1, got 0"),
         (["--compare", "timm", "--data", "/nowhere"], "one device and random images"),
+        (["--compare", "written-out", "--devices", "2"], "timm and written-out are timed on one device"),
         (["--precision", "8-true"], "is none of 32-true"),
     ],
 )
@@ -86,6 +89,30 @@ def test_every_contender_is_built():
         assert type(method).__name__.lower() == name and len(method.backbone.blocks) == 1
         assert method.backbone.embed_dim == 192
     assert Case("timm", model="tiny", img_size=56, depth=1).plain().embed_dim == 192
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_the_written_out_step_is_nepas(attention):
+    case = Case(model="tiny", img_size=56, depth=2, attention=attention)
+    method = case.method()
+    torch.manual_seed(0)
+    with torch.no_grad():  # LayerScale's 1e-5 would hide the blocks
+        for block in method.backbone.blocks:
+            block.gamma_1.fill_(0.5), block.gamma_2.fill_(0.5)
+            block.attn.qkv.bias.normal_()
+    images = torch.randn(3, 3, 56, 56)
+    names = [name for name, _ in method.backbone.named_parameters()]
+    found = []
+    for step in (lambda: method.step([images])[0], lambda: WrittenOut(method.backbone)(images)):
+        method.zero_grad()
+        method.eval()  # RoPE is rescaled by chance in training
+        loss = step()
+        loss.backward()
+        found.append([loss.detach(), *(method.backbone.get_parameter(name).grad for name in names)])
+    for name, ours, theirs in zip(["loss", *names], *found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-3, msg=name)
+    plain = Case("written-out", model="tiny", img_size=56, depth=2, attention=attention).plain()
+    assert plain.model.attention == attention and len(plain.model.blocks) == 2
 
 
 def test_two_rounds_of_one_case():
