@@ -9,8 +9,8 @@ import torch
 
 import nepa_plugin
 from nepa_plugin.comparison import Comparison, Run, run
+from nepa_plugin.comparison.plan import folder_name
 from nepa_plugin.comparison.report import accuracy_table, write_report
-from nepa_plugin.comparison.run import folder_name
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nepa_plugin.comparison.run import Comparison, Run, _evaluate
+from nepa_plugin.comparison.plan import Comparison, Run
+from nepa_plugin.comparison.run import _evaluate
 from nepa_plugin.evaluation import EvaluationOptions, evaluate, read_results
 from nepa_plugin.evaluation.cache import FeatureCache
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.figures import plot_compute, plot_losses, plot_online_probe, plot_readout
 from nepa_plugin.comparison.report.tables import (
     PROTOCOLS,
@@ -20,7 +21,6 @@ from nepa_plugin.comparison.report.tables import (
     score,
     training_pflop,
 )
-from nepa_plugin.comparison.run import Run
 
 
 def write_csv(runs: Sequence[Run], path: Path) -> None:

@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.tables import PROTOCOLS, by_name, compute_unit, score, training_pflop
-from nepa_plugin.comparison.run import Run
 
 
 def _style(index: int, name: str) -> dict[str, Any]:

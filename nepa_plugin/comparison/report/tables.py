@@ -7,7 +7,7 @@ from typing import Any
 import rich.table
 from rich.markup import escape
 
-from nepa_plugin.comparison.run import Run
+from nepa_plugin.comparison.plan import Run
 
 #: Poolings among which the best readout is looked for: those that every backbone has. Under causal attention the class
 #: token sees only itself, so it is left out.
