@@ -4,6 +4,7 @@ A comparison lives in one folder and goes on where it stopped: ``OUT/CONFIG/seed
 evaluation in ``evaluation/``; ``OUT/untrained/...`` are the same backbones with fresh weights, as a floor.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from nepa_plugin.evaluation import evaluate, read_results
 from nepa_plugin.evaluation.results import put_aside
 from nepa_plugin.runtime.boundary import in_words
 from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.locks import lock_folder
 from nepa_plugin.runtime.reading import read_json
 
 #: Seconds that a training has for its last checkpoint when the comparison is ended.
@@ -84,9 +86,15 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
 
     Raises:
         ComparisonError: Before any training, if a config, a run folder, or the data cannot be used.
+        FolderInUseError: If another comparison is at work in the folder.
     """
     say = say or Console(highlight=False, soft_wrap=True, markup=False).print
     planned = plan(what)
+    with lock_folder(what.out, "--out") or contextlib.nullcontext():
+        return _compare(what, planned, say)
+
+
+def _compare(what: Comparison, planned: list[tuple[Run, Path | None]], say: Say) -> list[Run]:
     runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
     pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for the processes that train
     processes = Trainings()

@@ -15,8 +15,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from nepa_plugin.evaluation.features import FrozenFeatures, frozen
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import accuracies, score, scores
-from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Scale, check_ranges
+from nepa_plugin.evaluation.scoring import FiniteTraining, accuracies, score, scores
+from nepa_plugin.runtime.ranges import (
+    Fraction,
+    NonNegativeFloat,
+    PositiveInt,
+    PositiveLearningRate,
+    Scale,
+    check_ranges,
+)
 
 
 @dataclass
@@ -47,7 +54,7 @@ class AttentiveOptions:
     mlp: bool = True
     epochs: PositiveInt = 30
     batch_size: PositiveInt = 128
-    lr: PositiveFloat = 1e-3
+    lr: PositiveLearningRate = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     warmup_fraction: Fraction = 0.1
     augment: bool = False
@@ -191,9 +198,9 @@ def attentive_probe_tokens(
     with quiet(seed):
         pool = AttentivePool(train.tokens.shape[2], train.tokens.shape[1], num_classes, options)
         probe = AttentiveProbe(nn.Identity(), pool, num_classes, options)
-        trainer = runtime.trainer(options.epochs)
+        trainer = runtime.trainer(options.epochs, [FiniteTraining("--attentive.lr")])
         trainer.fit(probe, _token_loader(train, batch, seed), _token_loader(val, 512))
-        return scores(trainer)
+        return scores(trainer, "--attentive.lr")
 
 
 def attentive_probe(
@@ -229,8 +236,8 @@ def attentive_probe(
         shape = tokens(torch.zeros(1, 3, *form.size, device=next(model.parameters()).device)).shape
         pool = AttentivePool(shape[2], shape[1], num_classes, options)
         probe = AttentiveProbe(tokens, pool, num_classes, options)
-        trainer = runtime.trainer(options.epochs)
+        trainer = runtime.trainer(options.epochs, [FiniteTraining("--attentive.lr")])
         train = shuffled_loader(images.train, transform, runtime, batch, seed, trainer, num_workers)
         val = ordered_loader(images.val, form.evaluation(), runtime, batch, num_workers)
         trainer.fit(probe, train, val)
-        return scores(trainer)
+        return scores(trainer, "--attentive.lr")

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nepa_plugin.checkpoints import backbone_config
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import accuracies, score, scores
+from nepa_plugin.evaluation.scoring import FiniteTraining, accuracies, score, scores
 from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.averaging import FusedEMA
 from nepa_plugin.runtime.ranges import (
@@ -29,6 +29,7 @@ from nepa_plugin.runtime.ranges import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    PositiveLearningRate,
     Scale,
     check_ranges,
 )
@@ -70,8 +71,8 @@ class FinetuneOptions:
     epochs: PositiveInt = 100
     batch_size: PositiveInt = 1024
     accumulate: PositiveInt = 1
-    lr: PositiveFloat = 1.5e-3
-    head_lr: PositiveFloat | None = 1e-3
+    lr: PositiveLearningRate = 1.5e-3
+    head_lr: PositiveLearningRate | None = 1e-3
     layer_decay: PositiveFraction = 0.65
     weight_decay: NonNegativeFloat = 0.05
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
@@ -313,9 +314,12 @@ def finetune(
         network = classifier(model, num_classes, options)
         module = Finetune(network, num_classes, len(model.blocks), options, total)
         clip = options.clip_grad_norm or None
-        trainer = runtime.trainer(options.epochs, gradient_clip_val=clip, accumulate_grad_batches=options.accumulate)
+        finite = FiniteTraining(rates := "--finetune.lr and --finetune.head_lr")
+        trainer = runtime.trainer(
+            options.epochs, [finite], gradient_clip_val=clip, accumulate_grad_batches=options.accumulate
+        )
         train = shuffled_loader(images.train, options.transform(form), runtime, batch, seed, trainer, num_workers)
         val = ordered_loader(images.val, form.evaluation(), runtime, batch, num_workers)
         trainer.fit(module, train, val)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, FusedEMA)]  # type: ignore[attr-defined]
-        return scores(trainer) | {"ema_decay": averages[0].decay if averages else 0.0}, network.eval()
+        return scores(trainer, rates) | {"ema_decay": averages[0].decay if averages else 0.0}, network.eval()

@@ -15,7 +15,7 @@ from nepa_plugin.evaluation.features import FrozenFeatures, frozen
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.knn import check_labels
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import accuracies, score, scores
+from nepa_plugin.evaluation.scoring import FiniteTraining, accuracies, score, scores
 from nepa_plugin.runtime.ranges import (
     Fraction,
     FractionBelowOne,
@@ -23,6 +23,7 @@ from nepa_plugin.runtime.ranges import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PositiveLearningRate,
     Scale,
     check_ranges,
 )
@@ -56,7 +57,7 @@ class LinearOptions:
     C: PositiveFloat = 1.0
     epochs: PositiveInt = 90
     readout_epochs: PositiveInt = 10
-    lr: PositiveFloat = 0.1
+    lr: PositiveLearningRate = 0.1
     momentum: FractionBelowOne = 0.9
     weight_decay: NonNegativeFloat = 0.0
     batch_size: PositiveInt = 256
@@ -168,9 +169,9 @@ def linear_probe(
     batch = batch_per_process(options.batch_size, len(images.train), runtime.world_size)
     with quiet(seed), frozen(model):
         probe = LinearProbe(FrozenFeatures(model, depth, pool), batch, model.num_features, len(images.classes), options)
-        trainer = runtime.trainer(options.epochs)
+        trainer = runtime.trainer(options.epochs, [FiniteTraining("--linear.lr")])
         transform = form.random_crop(options.crop_scale, options.hflip_prob)
         train = shuffled_loader(images.train, transform, runtime, batch, seed, trainer, num_workers)
         val = ordered_loader(images.val, form.evaluation(), runtime, batch, num_workers)
         trainer.fit(probe, train, val)
-        return scores(trainer)
+        return scores(trainer, "--linear.lr")

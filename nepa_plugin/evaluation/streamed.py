@@ -35,6 +35,7 @@ from nepa_plugin.evaluation.linear import LinearOptions
 from nepa_plugin.evaluation.options import EvaluationOptions
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.readout import ReadoutRow
+from nepa_plugin.evaluation.scoring import diverged
 
 Pair = tuple[str, str]  # depth and pooling
 
@@ -259,7 +260,13 @@ class DepthProbes(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def best(self) -> dict[Pair, float]:
-        """Return the accuracy in per cent of every pair, with the learning rate of the lowest training loss."""
+        """Return the accuracy in per cent of every pair, with the learning rate of the lowest training loss.
+
+        Raises:
+            EvaluationDivergenceError: If no learning rate of a pair has a finite loss.
+        """
         tops = 100 * self.hits.compute() / self.scored.compute()
-        chosen = self.losses.compute().nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
+        lowest, chosen = self.losses.compute().nan_to_num(torch.inf).min(dim=0, keepdim=True)
+        if not lowest.isfinite().all():
+            raise diverged(f"the loss of the linear probe at {self.pairs[int(lowest.argmax())]}", "--linear.lr")
         return dict(zip(self.pairs, tops.gather(0, chosen)[0].tolist(), strict=True))

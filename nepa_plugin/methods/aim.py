@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nepa_plugin.methods.masked import MaskedMethod, SingleView
 from nepa_plugin.methods.masks import PrefixMasks
 from nepa_plugin.methods.precision import in_float32
-from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt, Scale
+from nepa_plugin.runtime.ranges import FractionBelowOne, LearningRate, PositiveInt, Scale
 
 
 def prefix_attention(causal: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class AIM(MaskedMethod):
         head_blocks: PositiveInt = 12,
         norm_pix_loss: bool = True,
         crop_scale: Scale = (0.4, 1.0),
-        base_lr: NonNegativeFloat = 6.25e-5,
+        base_lr: LearningRate = 6.25e-5,
         warmup_fraction: FractionBelowOne = 0.0625,
         ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,

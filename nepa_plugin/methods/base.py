@@ -22,6 +22,7 @@ from nepa_plugin.data.transforms import eval_transform
 from nepa_plugin.methods.optimization import OptimizedModule
 from nepa_plugin.runtime.ranges import (
     FractionBelowOne,
+    LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -89,8 +90,8 @@ class Method(OptimizedModule):
         backbone_args: dict[str, Any] | None = None,
         init_from: str | None = None,
         pool: Literal["mean", "class"] = "mean",
-        base_lr: NonNegativeFloat = 3e-4,
-        min_lr: NonNegativeFloat = 0.0,
+        base_lr: LearningRate = 3e-4,
+        min_lr: LearningRate = 0.0,
         weight_decay: NonNegativeFloat = 0.05,
         final_weight_decay: NonNegativeFloat | None = None,
         betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.95),

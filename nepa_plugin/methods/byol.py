@@ -11,7 +11,7 @@ from nepa_plugin.methods.momentum import MomentumMethod
 from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import BYOLViews
 from nepa_plugin.methods.whole_image import WholeImage
-from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt
+from nepa_plugin.runtime.ranges import LearningRate, NonNegativeFloat, PositiveInt
 
 
 class BYOL(WholeImage, MomentumMethod):
@@ -38,7 +38,7 @@ class BYOL(WholeImage, MomentumMethod):
         *args: Any,
         hidden_dim: PositiveInt = 4096,
         projection_dim: PositiveInt = 256,
-        base_lr: NonNegativeFloat = 1e-4,
+        base_lr: LearningRate = 1e-4,
         weight_decay: NonNegativeFloat = 0.03,
         **kwargs: Any,
     ) -> None:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from nepa_plugin.methods.heads import PrototypeHead
 from nepa_plugin.methods.momentum import MomentumMethod
 from nepa_plugin.methods.multi_crop import MultiCrop
-from nepa_plugin.runtime.ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from nepa_plugin.runtime.ranges import Fraction, LearningRate, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class SelfDistillation(MultiCrop, MomentumMethod):
@@ -56,8 +56,8 @@ class SelfDistillation(MultiCrop, MomentumMethod):
         teacher_temp: PositiveFloat = 0.07,
         warmup_teacher_temp: PositiveFloat = 0.04,
         warmup_teacher_temp_fraction: Fraction = 0.125,
-        base_lr: NonNegativeFloat = 7.5e-4,
-        min_lr: NonNegativeFloat = 2e-6,
+        base_lr: LearningRate = 7.5e-4,
+        min_lr: LearningRate = 2e-6,
         weight_decay: NonNegativeFloat = 0.04,
         final_weight_decay: NonNegativeFloat | None = 0.4,
         clip_grad_norm: NonNegativeFloat = 0.3,

@@ -14,7 +14,15 @@ from nepa_plugin.methods.masked import MaskedMethod, SingleView, masked_encoder,
 from nepa_plugin.methods.masks import BlockMasks
 from nepa_plugin.methods.momentum import MomentumMethod
 from nepa_plugin.methods.precision import in_float32
-from nepa_plugin.runtime.ranges import Fraction, FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt, Scale
+from nepa_plugin.runtime.ranges import (
+    Fraction,
+    FractionBelowOne,
+    LearningRate,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Scale,
+)
 
 
 class IJEPA(MaskedMethod, MomentumMethod):
@@ -72,8 +80,8 @@ class IJEPA(MaskedMethod, MomentumMethod):
         min_keep: PositiveInt = 10,
         crop_scale: Scale = (0.3, 1.0),
         hflip_prob: Fraction = 0.0,
-        base_lr: NonNegativeFloat = 1.25e-4,
-        min_lr: NonNegativeFloat = 1e-6,
+        base_lr: LearningRate = 1.25e-4,
+        min_lr: LearningRate = 1e-6,
         weight_decay: NonNegativeFloat = 0.04,
         final_weight_decay: NonNegativeFloat | None = 0.4,
         betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),

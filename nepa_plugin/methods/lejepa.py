@@ -12,7 +12,7 @@ from torch import Tensor
 from nepa_plugin.methods.multi_crop import MultiCrop
 from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
-from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, NonNegativeInt, PositiveInt
+from nepa_plugin.runtime.ranges import FractionBelowOne, LearningRate, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 class LeJEPATransform(MultiViewTransform):
@@ -104,8 +104,8 @@ class LeJEPA(MultiCrop):
         hidden_dim: PositiveInt = 2048,
         projection_dim: PositiveInt = 64,
         num_local_crops: NonNegativeInt = 6,
-        base_lr: NonNegativeFloat = 5e-4,
-        min_lr: NonNegativeFloat = 5e-7,
+        base_lr: LearningRate = 5e-4,
+        min_lr: LearningRate = 5e-7,
         warmup_fraction: FractionBelowOne = 0.01,
         clip_grad_norm: NonNegativeFloat = 0.0,
         ema_decay: FractionBelowOne | None = 0.0,

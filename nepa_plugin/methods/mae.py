@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from nepa_plugin.methods.masked import MaskedMethod, SingleView, check_maskable, masked_encoder, with_prefix
 from nepa_plugin.methods.precision import in_float32
-from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveInt
+from nepa_plugin.runtime.ranges import FractionBelowOne, LearningRate, NonNegativeFloat, PositiveInt
 
 
 class MAE(MaskedMethod):
@@ -57,7 +57,7 @@ class MAE(MaskedMethod):
         decoder_depth: PositiveInt = 8,
         decoder_num_heads: PositiveInt = 16,
         pool: Literal["mean", "class"] = "class",
-        base_lr: NonNegativeFloat = 1.5e-4,
+        base_lr: LearningRate = 1.5e-4,
         clip_grad_norm: NonNegativeFloat = 0.0,
         ema_decay: FractionBelowOne | None = 0.0,
         **kwargs: Any,

@@ -11,7 +11,7 @@ from nepa_plugin.methods.losses import NTXent
 from nepa_plugin.methods.precision import in_float32
 from nepa_plugin.methods.transforms import NORMALIZE
 from nepa_plugin.methods.whole_image import WholeImage
-from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
+from nepa_plugin.runtime.ranges import LearningRate, PositiveFloat, PositiveInt
 
 
 class SimCLR(WholeImage):
@@ -37,7 +37,7 @@ class SimCLR(WholeImage):
         temperature: PositiveFloat = 0.1,
         hidden_dim: PositiveInt = 2048,
         projection_dim: PositiveInt = 128,
-        base_lr: NonNegativeFloat = 2e-4,
+        base_lr: LearningRate = 2e-4,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, base_lr=base_lr, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nepa_plugin.methods.base import Method
 from nepa_plugin.methods.transforms import build_transform
 from nepa_plugin.predictor import NepaViT
-from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat
+from nepa_plugin.runtime.ranges import FractionBelowOne, LearningRate, NonNegativeFloat
 
 
 def check_class_token(vit: Any, pool: str, method: str) -> None:
@@ -91,7 +91,7 @@ class WholeImage(Method):
         transform_args: dict[str, Any] | None = None,
         backbone: str = "plain_vit_base_patch14_224",
         pool: Literal["mean", "class"] = "class",
-        base_lr: NonNegativeFloat = 1.5e-4,
+        base_lr: LearningRate = 1.5e-4,
         weight_decay: NonNegativeFloat = 0.1,
         betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999),
         warmup_fraction: FractionBelowOne = 40 / 300,

@@ -46,6 +46,9 @@ PositiveInt = Annotated[int, Range(1)]
 NonNegativeInt = Annotated[int, Range(0)]
 PositiveFloat = Annotated[float, Range(0, open_low=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
+#: Of an optimizer, whose arithmetic is in float32: beyond this, a step is none.
+LearningRate = Annotated[float, Range(0, 1e30)]
+PositiveLearningRate = Annotated[float, Range(0, 1e30, open_low=True)]
 #: From 0 to 1, with both.
 Fraction = Annotated[float, Range(0, 1)]
 #: From 0 to 1, without 1.

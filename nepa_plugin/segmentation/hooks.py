@@ -4,12 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 
 from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, backbone_config, check_fit
+from nepa_plugin.runtime.locks import FolderInUseError, lock_folder
 from nepa_plugin.segmentation.backbone import TimmViT
 from nepa_plugin.segmentation.errors import ConfigError, DivergenceError
 from nepa_plugin.segmentation.saving import holds_run, newest_whole_checkpoint, write_whole_files
@@ -36,13 +37,19 @@ class CheckpointGuardHook(Hook):
         self.tolerate, self._in_a_row = tolerate, 0
 
     def before_run(self, runner: Any) -> None:
-        """Choose the checkpoint to resume from, before mmengine does.
+        """Keep other runs out of the folder, and choose the checkpoint to resume from, before mmengine does.
 
         Raises:
             CheckpointError: If there are some and all are damaged.
+            ConfigError: If another run is at work there.
         """
         if not isinstance(runner._train_loop, BaseLoop):
             return
+        if is_main_process():
+            try:
+                self._lock = lock_folder(runner.work_dir, "--work-dir")  # open as long as this hook lives
+            except FolderInUseError as error:
+                raise ConfigError(str(error)) from error
         write_whole_files(runner)
         if runner._resume and runner._load_from is None:
             runner._load_from = newest_whole_checkpoint(runner.work_dir, runner.logger)

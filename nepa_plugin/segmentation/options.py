@@ -18,6 +18,7 @@ from nepa_plugin.runtime.ranges import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PositiveLearningRate,
     check_hints,
 )
 from nepa_plugin.segmentation.errors import ConfigError
@@ -33,7 +34,7 @@ NUMBERS: dict[str, Any] = {
     "train_dataloader.num_workers": NonNegativeInt,
     "val_dataloader.num_workers": NonNegativeInt,
     "test_dataloader.num_workers": NonNegativeInt,
-    "optim_wrapper.optimizer.lr": PositiveFloat,
+    "optim_wrapper.optimizer.lr": PositiveLearningRate,
     "optim_wrapper.optimizer.weight_decay": NonNegativeFloat,
     "optim_wrapper.clip_grad.max_norm": PositiveFloat,
     "optim_wrapper.accumulative_counts": PositiveInt,

@@ -1,9 +1,5 @@
 """A run's folder: one run at a time writes to it, and the next one knows what is there."""
 
-import errno
-import fcntl
-import os
-import socket
 from pathlib import Path
 from typing import IO
 
@@ -13,12 +9,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from nepa_plugin.checkpoints import CheckpointError, check_fit, read_tensors
 from nepa_plugin.checkpoints.errors import listing
 from nepa_plugin.runtime.files import remove_parts
+from nepa_plugin.runtime.locks import LOCK, FolderInUseError, lock_folder
 
-LOCK, FAILED = ".lock", "failed-"
+FAILED = "failed-"
 #: What a run writes before its first checkpoint.
 _EARLY = ("checkpoints", "config", "hparams.yaml", "metrics", "tensorboard")
-#: What a file system says that has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class UsageError(ValueError):
@@ -118,28 +113,9 @@ class RunFolder:
             UsageError: If another run is at work there, or the folder cannot be written to.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / LOCK).open("a+")
-        except OSError as error:
-            raise UsageError(
-                f"--run_dir: {self.path} cannot be written to: {error.strerror}. Choose another folder."
-            ) from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel's: it ends with the process
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                rank_zero_warn(f"{self.path} is on a file system without locks: let no other run write to it.")
-                return
-            file.seek(0)
-            holder = " ".join(file.read().split()) or "another process"
-            file.close()
-            raise UsageError(
-                f"{self.path} is in use by {holder}. Wait for it, stop it, or choose another --run_dir."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._lock = file
+            self._lock = lock_folder(self.path, "--run_dir")
+        except FolderInUseError as error:
+            raise UsageError(str(error)) from error
 
     def unlock(self) -> None:
         """Let others in; a folder in which there is nothing goes."""

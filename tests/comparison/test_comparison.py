@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from holding import held
 from PIL import Image
 
 from nepa_plugin.comparison import Comparison, ComparisonError, compare
@@ -54,6 +55,13 @@ def test_bad_input_is_refused_before_any_training(tmp_path):
     assert "no folder at" in refused(comparison(tmp_path, NEPA, data=str(tmp_path / "nowhere")))
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     assert "is no finished run" in refused(comparison(tmp_path, tmp_path / "unfinished"))
+
+
+def test_another_comparison_at_work_there_is_left_alone(tmp_path):
+    what = comparison(tmp_path, NEPA)
+    with held(what.out) as pid, pytest.raises(ValueError, match=f"out is in use by process {pid} on .* another --out"):
+        compare(what, say=lambda line: pytest.fail(f"started: {line}"))
+    assert [path.name for path in what.out.iterdir()] == [".lock"]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ TINY = {
 @pytest.mark.parametrize(
     ("name", "option", "value", "message"),
     [
-        ("NEPA", "base_lr", float("inf"), "base_lr must be at least 0, got inf"),
-        ("NEPA", "min_lr", -1e-6, "min_lr must be at least 0"),
+        ("NEPA", "base_lr", float("inf"), r"base_lr must be in \[0, 1e\+30\], got inf"),
+        ("NEPA", "base_lr", 1e38, r"base_lr must be in \[0, 1e\+30\], got 1e\+38"),
+        ("NEPA", "min_lr", -1e-6, r"min_lr must be in \[0, 1e\+30\]"),
         ("NEPA", "weight_decay", -0.05, "weight_decay must be at least 0"),
         ("NEPA", "final_weight_decay", -0.1, "final_weight_decay must be at least 0"),
         ("NEPA", "clip_grad_norm", -1.0, "clip_grad_norm must be at least 0"),

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 pytest.importorskip("mmseg")
+from holding import held
 from mmengine.runner import Runner
 from tiny import losses, tiny_config
 
 import nepa_plugin
 from nepa_plugin.checkpoints import CheckpointError, read_tensors
+from nepa_plugin.segmentation import ConfigError
 
 
 def test_a_run_writes_checkpoints_logs_and_the_best(run):
@@ -44,6 +46,12 @@ def test_another_run_is_not_overwritten(run, scenes, backbone_folder):
     with pytest.raises(FileExistsError, match=r"Add --resume to go on with it, or choose another --work-dir"):
         Runner.from_cfg(tiny_config(scenes, backbone_folder, run)).train()
     assert {p: p.read_bytes() for p in run.glob("*.pth")} == before
+
+
+def test_one_run_at_a_time(scenes, backbone_folder, tmp_path):
+    runner = Runner.from_cfg(tiny_config(scenes, backbone_folder, tmp_path / "run"))
+    with held(tmp_path / "run") as pid, pytest.raises(ConfigError, match=f"in use by process {pid} .* --work-dir"):
+        runner.train()
 
 
 def test_resume_goes_on_where_it_stopped(run, scenes, backbone_folder, tmp_path):
