@@ -45,7 +45,7 @@ def folder(root: Path, train: int, val: int) -> Path:
 
 
 def options(solver: str, cache: bool) -> EvaluationOptions:
-    linear = LinearOptions(solver=solver, epochs=1, readout_epochs=1, batch_size=256)  # type: ignore[arg-type]
+    linear = LinearOptions(solver=solver, epochs=1, readout_epochs=1, batch_size=256, C=1e-6)  # type: ignore[arg-type]
     return EvaluationOptions(accelerator="cpu", batch_size=64, cache=cache, linear=linear)
 
 
@@ -98,7 +98,7 @@ def calculated(train: int, val: int, solver: str, cache: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[5_000, 10_000, 20_000])
+    parser.add_argument("--images", type=int, nargs="+", default=[4_000, 8_000, 16_000])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child")
     parser.add_argument("--solver", default="logistic")
