@@ -17,6 +17,8 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 AttentionMode = Literal["causal", "bidirectional"]
+Activation = Literal["gelu", "silu"]
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU}
 ATTENTION_MODES: tuple[str, ...] = ("causal", "bidirectional")
 NEPA_MEAN = NEPA_STD = (0.5, 0.5, 0.5)
 
@@ -80,26 +82,30 @@ class NepaViT(Eva):
         in_chans: Number of image channels.
         num_classes: Outputs of the classification head; 0 for none. With a head, the patch tokens of the final norm's
             output are averaged, normalised and mapped linearly, as in the published fine-tuning.
-        global_pool: timm pooling name. Default: ``""`` (all tokens) without a head, ``"avg"`` with one.
+        global_pool: timm pooling name, or ``"last"`` for the last token, which the published classifiers without a
+            pooling layer read. Default: ``""`` (all tokens) without a head, ``"avg"`` with one.
         embed_dim: Token dimension D.
         depth: Number of transformer blocks.
         num_heads: Number of attention heads.
         mlp_ratio: Hidden size of the MLP over ``embed_dim``.
-        swiglu_mlp: Gated SiLU MLP instead of GELU.
+        swiglu_mlp: Gated MLP.
+        mlp_act: Activation of the MLP or its gate, ``"gelu"`` or ``"silu"``. Default: SiLU with a gate, GELU without.
         attention: ``"causal"`` or ``"bidirectional"``; :meth:`set_attention` switches it later.
-        qk_norm_affine: Give QK-norm a learned weight (no bias), as the published fine-tuned checkpoints have.
-        init_values: Initial value of LayerScale.
+        qk_norm: Normalise queries and keys per head. The published checkpoints do.
+        qk_norm_affine: Give QK-norm a learned weight (no bias), as the published fine-tuned checkpoints have, and the
+            pretrained ViT-L.
+        init_values: Initial value of LayerScale; 0 for none, as where it is folded into the weights.
         rope_temperature: Base of the RoPE periods.
         rope_rescale_coords: In training mode the patch coordinates are multiplied by a factor drawn log-uniformly
             from [1/r, r], once per forward pass. 1 turns this off.
-        use_fc_norm: LayerNorm between pooling and head. Default: only with a head.
+        use_fc_norm: LayerNorm between pooling and head. Default: only with a head that does not read the last token.
         dynamic_img_size: Accept any image size divisible by the patch size.
         dynamic_img_pad: Pad images at the bottom and right to the next multiple of the patch size.
         dynamic_img_resize: Resize images bilinearly to the next multiple of the patch size.
         **kwargs: Further arguments of ``timm.models.eva.Eva`` (``drop_path_rate``, ``proj_drop_rate``, ...).
 
     Raises:
-        ValueError: On an unknown attention mode, or an image size that the patch size does not divide.
+        ValueError: On an unknown attention mode or activation, or an image size that the patch size does not divide.
     """
 
     def __init__(
@@ -114,7 +120,9 @@ class NepaViT(Eva):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         swiglu_mlp: bool = False,
+        mlp_act: Activation | None = None,
         attention: AttentionMode = "causal",
+        qk_norm: bool = True,
         qk_norm_affine: bool = False,
         init_values: float = 1e-5,
         rope_temperature: float = 100.0,
@@ -127,12 +135,16 @@ class NepaViT(Eva):
     ) -> None:
         if attention not in ATTENTION_MODES:
             raise ValueError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
+        if mlp_act is not None and mlp_act not in ACTIVATIONS:
+            raise ValueError(f"mlp_act={mlp_act!r} is not one of {tuple(ACTIVATIONS)}.")
         if embed_dim % (4 * num_heads):
             raise ValueError(
                 f"embed_dim={embed_dim} must be a multiple of 4 x num_heads={num_heads}: axial RoPE rotates pairs of "
                 "channels along two axes."
             )
         any_size = dynamic_img_pad or dynamic_img_resize
+        if global_pool is None:
+            global_pool = "avg" if num_classes else ""
         if not any_size:
             _check_divisible(to_2tuple(img_size), to_2tuple(patch_size))
         super().__init__(
@@ -140,15 +152,15 @@ class NepaViT(Eva):
             patch_size=patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=("avg" if num_classes else "") if global_pool is None else global_pool,
+            global_pool="" if global_pool == "last" else global_pool,  # Eva has no such pooling
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
             swiglu_mlp=swiglu_mlp,
             attn_type="rope",
-            qk_norm=True,
-            init_values=init_values,
+            qk_norm=qk_norm,
+            init_values=init_values or None,
             use_abs_pos_emb=False,
             use_rot_pos_emb=True,
             rope_type="dinov3",
@@ -157,17 +169,22 @@ class NepaViT(Eva):
             rope_rescale_coords=rope_rescale_coords,
             norm_layer=_norm_layer,
             use_post_transformer_norm=True,
-            use_fc_norm=num_classes > 0 if use_fc_norm is None else use_fc_norm,
+            use_fc_norm=num_classes > 0 and global_pool != "last" if use_fc_norm is None else use_fc_norm,
             dynamic_img_size=dynamic_img_size or any_size,
             dynamic_img_pad=dynamic_img_pad,
             head_init_scale=0.0,  # the published head starts at zero, see init_weights
             **kwargs,
         )
+        self.global_pool = global_pool
         self.dynamic_img_resize = dynamic_img_resize
         self.attention: str = attention
         self.rope.__class__ = ResidentRope  # Eva builds its RoPE by a name, and there is none for a class of ours
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         for block in self.blocks:
+            if mlp_act is not None:
+                block.mlp.act = ACTIVATIONS[mlp_act]()
+            if not qk_norm:
+                continue
             # Eva's QK-norm has weight and bias; the published one has neither, or (fine-tuned) a weight only.
             for name in ("q_norm", "k_norm"):
                 norm = nn.LayerNorm(
@@ -309,6 +326,12 @@ class NepaViT(Eva):
         causal = self.is_causal if is_causal is None else is_causal
         return super().forward_features(self._prepare(x), attn_mask=attn_mask, is_causal=causal)
 
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Return tokens (B, T, D) pooled: timm's ways, and ``"last"``."""
+        if (self.global_pool if pool_type is None else pool_type) == "last":
+            return x[:, -1]
+        return super().pool(x, pool_type)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool | None = None) -> Tensor:
         """Return the head's output: tokens (B, T, D), pooled features (B, D) or logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
@@ -361,7 +384,8 @@ class NepaViT(Eva):
             if isinstance(self.fc_norm, nn.Identity):
                 weight = self.norm.weight
                 self.fc_norm = _norm_layer(self.embed_dim, device=weight.device, dtype=weight.dtype)
-        super().reset_classifier(num_classes, global_pool)
+        super().reset_classifier(num_classes, "" if global_pool == "last" else global_pool)
+        self.global_pool = self.global_pool if global_pool is None else global_pool
         # the norm stays when a head is removed, though by default it is built only with one
         update_model_args(self, use_fc_norm=isinstance(self.fc_norm, nn.LayerNorm))
         if isinstance(self.head, nn.Linear):

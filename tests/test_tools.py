@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TOY
+from conftest import TOY, TOY_CLASSIFIER
 from PIL import Image
 from refusal import refusal
 from safetensors.torch import load_file
@@ -58,6 +58,22 @@ def test_convert_there_and_back(tmp_path, capsys):
     a, b = load_file(TOY / "model.safetensors"), load_file(tmp_path / "nepa" / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert "exists" in refusal(capsys, tool, "convert_checkpoint", TOY, tmp_path / "timm")
+
+
+def test_convert_through_every_layout_is_bit_exact(tmp_path, capsys):
+    tool("convert_checkpoint", TOY_CLASSIFIER, tmp_path / "a.pth", "--layout", "mmengine")
+    tool("convert_checkpoint", tmp_path / "a.pth", tmp_path / "timm")
+    tool("convert_checkpoint", tmp_path / "timm", tmp_path / "nepa", "--layout", "nepa")
+    a, b = load_file(TOY_CLASSIFIER / "model.safetensors"), load_file(tmp_path / "nepa" / "model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path / "nepa" / "config.json").read_text() == (TOY_CLASSIFIER / "config.json").read_text()
+    capsys.readouterr()
+    tool("convert_checkpoint", TOY_CLASSIFIER, tmp_path / "b.pth", "--layout", "mmengine", "--dry_run")
+    said = capsys.readouterr().out
+    row = said[said.index("vit_nepa.encoder.layer.2.attention.attention.query.weight") :].splitlines()[0]
+    assert "192 x 64" in row and "backbone.vit.blocks.2.attn.qkv.weight" in row
+    weights = nepa_plugin.load_backbone(TOY_CLASSIFIER).state_dict()
+    assert said.count("backbone.vit.") == len(weights) and not (tmp_path / "b.pth").exists()
 
 
 @pytest.mark.parametrize("name", ["evaluate", "visualize"])

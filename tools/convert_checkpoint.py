@@ -1,4 +1,4 @@
-"""Convert a checkpoint between the timm folder and the published NEPA layout.
+"""Convert a checkpoint between a timm folder, the published NEPA layout, and an mmengine file.
 
 python tools/convert_checkpoint.py someone/nepa-checkpoint out/ --layout timm
 """

@@ -1,4 +1,4 @@
-"""Backbone weights out: timm folders and published NEPA folders."""
+"""Backbone weights out: timm folders, published NEPA folders, and mmengine files."""
 
 import json
 import shutil
@@ -12,9 +12,14 @@ from torch import nn
 
 from nepa_plugin.checkpoints.errors import CheckpointError
 from nepa_plugin.checkpoints.published import to_nepa
+from nepa_plugin.checkpoints.tensors import write_tensors
 from nepa_plugin.runtime.files import part_of, remove_parts
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+#: Key of a training checkpoint under which it is stored how to rebuild the backbone (a timm ``config.json``).
+BACKBONE_CONFIG_KEY = "nepa_backbone_config"
+#: Key of a Lightning checkpoint for the prefix of the exported backbone's weights, ``"backbone."`` where it is absent.
+BACKBONE_PREFIX_KEY = "nepa_backbone_prefix"
 
 
 def save_backbone(
@@ -57,6 +62,30 @@ def save_backbone(
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             shutil.move(str(Path(tmp) / name), str(folder / name))
     return folder
+
+
+def save_mmengine(model: nn.Module, path: str | Path) -> Path:
+    """Write a model as the backbone of an mmengine checkpoint, which ``TimmViT`` and :func:`load_backbone` read.
+
+    Args:
+        model: A timm model that was built by name.
+        path: The ``.pth`` file.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileExistsError: If it exists.
+        ValueError: If its name does not end with ``.pth``.
+    """
+    path = Path(path)
+    if path.suffix != ".pth":
+        raise ValueError(f"{path}: the name of an mmengine checkpoint ends with .pth.")
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another name.")
+    weights = {f"backbone.vit.{name}": value for name, value in model.state_dict().items()}
+    write_tensors({"meta": {}, "state_dict": weights, BACKBONE_CONFIG_KEY: backbone_config(model)}, path)
+    return path
 
 
 def backbone_config(model: nn.Module) -> dict[str, Any]:

@@ -8,11 +8,15 @@ import torch
 from timm.models import is_model_pretrained
 from torch import nn
 
-from nepa_plugin.checkpoints import CheckpointError, load_backbone, read_checkpoint, untrained_like
+from nepa_plugin.checkpoints import CheckpointError, Weights, load_backbone, read_checkpoint, untrained_like
 
 
 def open_backbone(
-    source: str | Path | nn.Module, model_args: dict[str, Any] | None = None, untrained: bool = False, seed: int = 0
+    source: str | Path | nn.Module,
+    model_args: dict[str, Any] | None = None,
+    untrained: bool = False,
+    seed: int = 0,
+    weights: Weights = "average",
 ) -> nn.Module:
     """Return the network that is to be evaluated.
 
@@ -21,6 +25,7 @@ def open_backbone(
         model_args: Arguments of the model that override its own.
         untrained: Fresh weights in place of the source's. A timm name without published weights needs it.
         seed: Seed of fresh weights.
+        weights: Of a run folder of the published code, as for :func:`nepa_plugin.load_backbone`.
 
     Returns:
         The model in evaluation mode, on the CPU unless it came as a model.
@@ -38,8 +43,8 @@ def open_backbone(
     name = str(source)
     if Path(name).exists() or not timm.is_model(name):
         if not untrained:
-            return load_backbone(source, **args)
-        architecture, own, _ = read_checkpoint(source)
+            return load_backbone(source, weights, **args)
+        architecture, own, _ = read_checkpoint(source, weights)
         return _fresh(architecture, own | args, seed)
     args = {"num_classes": 0} | args
     if untrained:

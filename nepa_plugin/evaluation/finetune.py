@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from nepa_plugin.checkpoints import backbone_config
+from nepa_plugin.checkpoints import backbone_config, name_classes
 from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.scoring import FiniteTraining, accuracies, score, scores
@@ -312,6 +312,8 @@ def finetune(
     total = batch * options.accumulate * runtime.world_size
     with quiet(seed + runtime.rank):  # other mixtures and dropped paths on every device; DDP broadcasts the weights
         network = classifier(model, num_classes, options)
+        if isinstance(network, NepaViT):
+            name_classes(network, images.classes)
         module = Finetune(network, num_classes, len(model.blocks), options, total)
         clip = options.clip_grad_norm or None
         finite = FiniteTraining(rates := "--finetune.lr and --finetune.head_lr")

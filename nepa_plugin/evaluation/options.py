@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from nepa_plugin.checkpoints import Weights
 from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.evaluation.attentive import AttentiveOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
@@ -27,6 +28,7 @@ class EvaluationOptions:
         concat: Readout: number of depths whose features are put side by side.
         floor: Readout: score the same architecture untrained, too.
         untrained: Take the backbone's architecture with fresh weights.
+        weights: Of a run folder of the published code: its ``average`` or its ``raw`` ones.
         model_args: Arguments of the model that override the backbone's own, such as ``attention`` or ``img_size``.
         crop_pct: Centre crop over resized side of the scored images; by default the model's own, 1 up to 64 pixels.
         max_image_pixels: The most pixels that an image may have.
@@ -49,6 +51,7 @@ class EvaluationOptions:
     concat: PositiveInt = 4
     floor: bool = False
     untrained: bool = False
+    weights: Weights = "average"
     model_args: dict[str, Any] = field(default_factory=dict)
     crop_pct: PositiveFraction | None = None
     max_image_pixels: PositiveInt = MAX_PIXELS

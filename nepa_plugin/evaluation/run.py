@@ -81,7 +81,7 @@ def evaluate(
         check_folder(out)
         read_results(out)
     runtime = launch(options.accelerator, options.devices, options.progress)
-    model = open_backbone(source, options.model_args, options.untrained, options.seed)
+    model = open_backbone(source, options.model_args, options.untrained, options.seed, options.weights)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
     return _Evaluation(model, name, images, runtime, options).run(protocols, out)
 
@@ -278,7 +278,7 @@ class _Evaluation:
 
     def _relevant(self, protocol: str) -> dict[str, Any]:
         options = asdict(self.options)
-        shared = ["model_args", "batch_size", "untrained"]
+        shared = ["model_args", "weights", "batch_size", "untrained"]
         names = {
             "knn": ["k", "temperature", "depth", "pool"],
             "linear": ["depth", "pool", "linear"],

@@ -76,6 +76,8 @@ def _register(family: str, size: str, swiglu: bool) -> str:
     name = f"{family}_{size}_patch14{'_swiglu' if swiglu else ''}_224"
     cls, filter_fn, args, swiglu_args = FAMILIES[family]
     model_args = {"patch_size": 14, **MODEL_SIZES[size]._asdict(), **args}
+    if family == "nepa_vit" and size == "large":
+        model_args["qk_norm_affine"] = True  # as published; the other sizes' QK-norm has no weight
     if swiglu:
         # Two thirds of the GELU MLP's hidden size (rounded up to 64), so that both have the same number of parameters.
         embed_dim = MODEL_SIZES[size].embed_dim

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from nepa_plugin.checkpoints import CheckpointError, load_backbone, load_weights
+from nepa_plugin.checkpoints import CheckpointError, load_backbone, load_weights, read_checkpoint
 from nepa_plugin.predictor import ATTENTION_MODES, AttentionMode, NepaViT
 from nepa_plugin.segmentation.errors import ConfigError
 
@@ -36,11 +37,14 @@ class TimmViT(BaseModule):
         final_norm: Apply the final norm to every output.
         frozen_stages: -1 freezes nothing, 0 the embedding, i the embedding and the first i blocks.
         with_cp: Recompute activations in the backward pass to save memory.
-        model_args: Further arguments of the architecture, e.g. ``dict(embed_dim=128, depth=4, num_heads=4)``.
+        model_args: Further arguments of the architecture, e.g. ``dict(embed_dim=128, depth=4, num_heads=4)``. What of
+            NEPA's predictor differs between published files (QK-norm and its weight, activation, gate and width of the
+            MLP, LayerScale) is the checkpoint's where it is not given.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` where the checkpoint is all that
             :func:`nepa_plugin.load_backbone` takes: a timm folder, a published NEPA folder, a hub id, a ``.ckpt`` of a
             pretraining run, or an mmengine ``.pth`` written with
-            :class:`~nepa_plugin.segmentation.CheckpointGuardHook`. ``None`` starts from random weights.
+            :class:`~nepa_plugin.segmentation.CheckpointGuardHook`. ``weights="raw"`` takes the raw weights of a run
+            folder of the published code instead of the averaged ones. ``None`` starts from random weights.
 
     Raises:
         ConfigError: On an unknown architecture, attention mode, or blocks past the depth.
@@ -61,9 +65,15 @@ class TimmViT(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        if init_cfg is not None and (init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}):
+        if init_cfg is not None and (
+            init_cfg.get("type") != "Pretrained"
+            or "checkpoint" not in init_cfg
+            or set(init_cfg) - {"type", "checkpoint", "weights"}
+            or init_cfg.get("weights", "average") not in ("average", "raw")
+        ):
             raise ConfigError(
-                f"init_cfg={dict(init_cfg)}: this backbone takes dict(type='Pretrained', checkpoint=...) or None."
+                f"init_cfg={dict(init_cfg)}: this backbone takes dict(type='Pretrained', checkpoint=...), also with "
+                "weights='average' or 'raw', or None."
             )
         if init_cfg is not None and not isinstance(init_cfg["checkpoint"], (str, Path)):
             raise ConfigError(f"init_cfg.checkpoint={init_cfg['checkpoint']!r} is no path and no hub id.")
@@ -72,7 +82,7 @@ class TimmViT(BaseModule):
                 raise ConfigError(f"{name}: {number!r} is no whole number.")
         self.arch, self.resample_patches = arch, patch_size is not None
         args: dict[str, Any] = {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
-        args |= {"drop_path_rate": drop_path_rate, **(model_args or {})}
+        args |= {"drop_path_rate": drop_path_rate, **_details(arch, init_cfg), **(model_args or {})}
         args |= {k: v for k, v in {"img_size": img_size, "patch_size": patch_size}.items() if v is not None}
         self.vit: Any = _create(arch, args)
         if isinstance(self.vit, NepaViT):
@@ -110,7 +120,7 @@ class TimmViT(BaseModule):
         if self.init_cfg is None or self.is_init:
             return
         source = self.init_cfg["checkpoint"]
-        pretrained = load_backbone(source)
+        pretrained = load_backbone(source, self.init_cfg.get("weights", "average"))
         self._check_same_architecture(pretrained, source)
         patch_embed = self.vit.patch_embed
         if isinstance(pretrained.patch_embed.img_size, tuple):
@@ -172,6 +182,27 @@ class TimmViT(BaseModule):
             block.eval().requires_grad_(False)
 
 
+#: Arguments of NEPA's predictor in which published files of one size differ.
+DETAILS = ("qk_norm", "qk_norm_affine", "mlp_act", "swiglu_mlp", "mlp_ratio", "init_values")
+
+
+def _details(arch: str, init_cfg: dict | None) -> dict[str, Any]:
+    """Return what a NEPA predictor's checkpoint says of :data:`DETAILS`.
+
+    Where it cannot be read, as when a trained segmentation model is tested elsewhere, it says nothing; a training,
+    which needs it, then ends in :meth:`TimmViT.init_weights`.
+    """
+    if init_cfg is None or not arch.startswith("nepa_vit_"):
+        return {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is said again when the weights are loaded
+            _, args, _ = read_checkpoint(init_cfg["checkpoint"], init_cfg.get("weights", "average"))
+    except (OSError, CheckpointError):
+        return {}
+    return {name: args[name] for name in DETAILS if name in args}
+
+
 def _create(arch: str, args: dict[str, Any]) -> Any:
     if not timm.is_model(arch):
         near = " or ".join(difflib.get_close_matches(arch, timm.list_models(), n=3, cutoff=0.5))
@@ -195,5 +226,8 @@ def _signature(model: Any) -> dict[str, Any]:
         "depth": len(model.blocks),
         "num_heads": attention.num_heads,
         "rope_temperature": getattr(rope, "temperature", None),
+        "qk_norm": isinstance(getattr(attention, "q_norm", None), nn.LayerNorm),
         "qk_norm_affine": isinstance(getattr(getattr(attention, "q_norm", None), "weight", None), nn.Parameter),
+        "activation": type(getattr(model.blocks[0].mlp, "act", None)).__name__,
+        "mlp": type(model.blocks[0].mlp).__name__,
     }

@@ -267,12 +267,16 @@ ROWS = [
     ("digit-scenes {file}", "the folder {file}: it is no folder."),
     ("digit-scenes {file}/x", "the folder {file}/x: Not a directory."),
     # -- convert
-    ("convert {backbone}", "the following arguments are required: folder"),
+    ("convert {backbone}", "the following arguments are required: target"),
     ("convert {backbone} {new} --layout hf", "argument --layout: invalid choice: 'hf'"),
     ("convert {nowhere} {new}", "No checkpoint at {nowhere}"),
     ("convert {half} {new}", "{half}"),
     ("convert {backbone} {plain}", "{plain}/config.json exists; choose another folder."),
     ("convert {backbone} {file}", "the folder {file}: it is no folder."),
+    ("convert {backbone} {new} --layout mmengine", "the name of an mmengine checkpoint ends with .pth."),
+    ("convert {backbone} {plain} --layout mmengine", "it is no file."),
+    ("convert {backbone} {new} --weights best", "argument --weights: invalid choice: 'best'"),
+    ("convert {plain} {new} --layout nepa --dry_run", "The published layout holds NEPA predictors"),
     ("convert {plain} {new} --layout nepa", "The published layout holds NEPA predictors, not VisionTransformer."),
 ]
 

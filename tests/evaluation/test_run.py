@@ -12,6 +12,7 @@ import timm
 import torch
 
 import nepa_plugin
+from nepa_plugin.checkpoints import class_names
 from nepa_plugin.data import digits_folder
 from nepa_plugin.evaluation import (
     AttentiveOptions,
@@ -109,7 +110,7 @@ def test_every_protocol_leaves_the_weights_alone(model, folder, tmp_path):
 
     tuned = nepa_plugin.load_backbone(tmp_path / "finetuned")
     name = "blocks.0.attn.qkv.weight"
-    assert tuned.num_classes == 3 and not torch.equal(tuned.state_dict()[name], before[name])
+    assert class_names(tuned) == ["0", "1", "2"] and not torch.equal(tuned.state_dict()[name], before[name])
     assert torch.equal(tuned.patch_embed.proj.weight, before["patch_embed.proj.weight"])
 
 

@@ -1,6 +1,9 @@
+import shutil
+
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("mmseg")
 from conftest import TOY, TOY_CLASSIFIER
@@ -66,11 +69,44 @@ def test_inner_states_equal_the_published_model(expected):
 
 def test_a_classifier_loads_without_its_head():
     with pytest.raises(CheckpointError, match="qk_norm_affine is True, the config has False"):
-        toy_backbone(TOY_CLASSIFIER)
-    own = toy_backbone(TOY_CLASSIFIER, model_args={**SIZE, "qk_norm_affine": True}).vit.state_dict()
+        toy_backbone(TOY_CLASSIFIER, model_args={**SIZE, "qk_norm_affine": False})
+    own = toy_backbone(TOY_CLASSIFIER).vit.state_dict()  # QK-norm's weight is the checkpoint's
     reference = nepa_plugin.load_backbone(TOY_CLASSIFIER).state_dict()
     assert set(reference) - set(own) == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
     assert all(torch.equal(own[name], reference[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"mlp_act": "silu"},
+        {"swiglu_mlp": True, "mlp_act": "gelu", "mlp_ratio": 1.5},
+        {"qk_norm": False, "init_values": 0},
+        {"qk_norm_affine": True, "mlp_ratio": 2.0},
+    ],
+)
+@pytest.mark.parametrize("layout", ["timm", "nepa"])
+def test_details_are_the_checkpoints(details, layout, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model(ARCH, img_size=16, patch_size=4, **SIZE, **details).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    nepa_plugin.save_backbone(model, tmp_path / "b", layout=layout)
+    images = torch.randn(2, 3, 16, 16)
+    (maps,) = toy_backbone(tmp_path / "b", final_norm=True, attention="causal")(images)
+    tokens = model(images)[:, 1:]
+    torch.testing.assert_close(maps.flatten(2).transpose(1, 2), tokens)
+
+
+def test_raw_weights_of_a_run_of_the_published_code(tmp_path):
+    folder = shutil.copytree(TOY, tmp_path / "run")
+    average = {k: 2 * v for k, v in load_file(TOY / "model.safetensors").items()}
+    torch.save(average, folder / "pytorch_model_ema.bin")
+    raw = nepa_plugin.load_backbone(TOY).norm.weight
+    with pytest.warns(UserWarning, match="the average, is taken"):
+        assert torch.equal(toy_backbone(folder).vit.norm.weight, 2 * raw)
+    init_cfg = {"type": "Pretrained", "checkpoint": str(folder), "weights": "raw"}
+    assert torch.equal(toy_backbone(init_cfg=init_cfg).vit.norm.weight, raw)
 
 
 def damaged(tmp_path, change):
