@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from PIL import Image
@@ -64,19 +64,26 @@ class NEPATransform:
         return [self.transform(image)]
 
 
+CropMode = Literal["center", "squash"]
+
+
 def eval_transform(
     input_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224,
     crop_pct: PositiveFraction = 0.875,
     mean: tuple[Finite, ...] = NEPA_MEAN,
     std: tuple[PositiveFloat, ...] = NEPA_STD,
+    crop_mode: CropMode = "center",
 ) -> Callable[[Image.Image], Tensor]:
-    """Return the evaluation transform: resize the shorter side, centre crop, normalise.
+    """Return the evaluation transform: resize, centre crop, normalise.
 
     Args:
         input_size: Side of the crop in pixels, or (height, width).
         crop_pct: Crop over resized side; 0.875 gives the usual 256 -> 224.
         mean: Per-channel mean.
         std: Per-channel standard deviation.
+        crop_mode: ``"center"`` resizes the shorter side to the larger side of the crop over ``crop_pct``; ``"squash"``
+            resizes both sides, so that the aspect ratio is lost and nothing but the border is cut: 0.95 gives the
+            published 235x235 -> 224 of ViT-L.
 
     Returns:
         A function from a PIL image to a tensor (3, H, W).
@@ -85,11 +92,16 @@ def eval_transform(
         ValueError: If a number is out of its range.
     """
     check_hints(get_type_hints(eval_transform, include_extras=True), dict(locals()))
+    if crop_mode not in ("center", "squash"):
+        raise ValueError(f"crop_mode={crop_mode!r} is neither 'center' nor 'squash'.")
     size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    resize = round(max(size) / crop_pct)
+    squashed = [int(side / crop_pct) for side in size]
     return T.Compose(
         [
-            T.Resize(resize, interpolation=T.InterpolationMode.BICUBIC),
+            T.Resize(
+                squashed if crop_mode == "squash" else round(max(size) / crop_pct),
+                interpolation=T.InterpolationMode.BICUBIC,
+            ),
             T.CenterCrop(size),
             T.ToTensor(),
             T.Normalize(mean, std),

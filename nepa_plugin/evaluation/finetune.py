@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import timm
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from timm.data import Mixup, create_transform
 from timm.loss import SoftTargetCrossEntropy
@@ -45,8 +45,9 @@ class FinetuneOptions:
         accumulate: Batches whose gradients are accumulated into one step.
         lr: Learning rate of the last block, per 256 images.
         head_lr: Learning rate of the final norm and the head, as it is; ``None`` takes that of the last block.
-        layer_decay: Block i of L trains with lr * layer_decay^(L - 1 - i), what comes before it as block -1.
-        weight_decay: AdamW weight decay of matrices; vectors have none.
+        layer_decay: Block i of L trains with lr * layer_decay^(L - 1 - i), what comes before it as block -1, and the
+            norm between pooling and head as the last block.
+        weight_decay: AdamW weight decay of what has more than one dimension, the class token among it.
         betas: AdamW betas.
         warmup_fraction: Linear warm-up as a fraction of all steps.
         layer_warmup: A group whose learning rate is scaled by f warms up over (1 - f) of the warm-up's steps, so that
@@ -56,7 +57,13 @@ class FinetuneOptions:
             0.9999, or in a run of fewer than 50,000 steps n the decay 1 - 5 / n.
         clip_grad_norm: Largest norm of the gradient; 0 turns clipping off.
         freeze_patch_embed: Keep the patch embedding as it is.
-        attention: Of a NEPA predictor; ``None`` keeps the model's own.
+        attention: Of a NEPA predictor: ``bidirectional``, as in the released script and its checkpoints, or ``causal``,
+            which the paper's text calls the default; ``None`` keeps the model's own.
+        qk_norm_affine: Give a NEPA predictor's QK-norm a learned weight, which starts at one, as in the released
+            fine-tuned checkpoints.
+        select: Score the network after the ``last`` epoch, or the ``best`` of all epochs on the validation images. The
+            published accuracies are the best of 100; a maximum over evaluations is higher than the accuracy on new
+            images.
         auto_augment: timm's name of the augmentation policy; empty for none.
         random_erasing: Probability of erasing a rectangle.
         crop_scale: Range of the random crop's area as a fraction of the image.
@@ -82,7 +89,9 @@ class FinetuneOptions:
     ema_decay: FractionBelowOne | None = None
     clip_grad_norm: NonNegativeFloat = 1.0
     freeze_patch_embed: bool = True
-    attention: Literal["causal", "bidirectional"] | None = None
+    attention: Literal["causal", "bidirectional"] | None = "bidirectional"
+    qk_norm_affine: bool = True
+    select: Literal["last", "best"] = "last"
     auto_augment: str = "rand-m9-mstd0.5-inc1"
     random_erasing: Fraction = 0.25
     crop_scale: Scale = (0.08, 1.0)
@@ -101,6 +110,8 @@ class FinetuneOptions:
             raise ValueError(
                 f"finetune.accumulate {self.accumulate} does not divide finetune.batch_size {self.batch_size}."
             )
+        if self.select not in ("last", "best"):
+            raise ValueError(f"finetune.select must be last or best, got {self.select!r}.")
         try:
             create_transform(32, is_training=True, auto_augment=self.auto_augment or None)
         except Exception as error:  # timm asserts, looks up and converts what the name holds
@@ -145,8 +156,14 @@ def classifier(model: Any, num_classes: int, options: FinetuneOptions) -> nn.Mod
         raise ValueError(f"finetune.attention: {type(model).__name__} has bidirectional attention only.")
     config = backbone_config(model)
     args = dict(config.get("model_args") or {}) | {"drop_path_rate": options.drop_path_rate}
+    state = model.state_dict()
+    if isinstance(model, NepaViT) and options.qk_norm_affine:
+        args["qk_norm_affine"] = True
     copy: Any = timm.create_model(config["architecture"], **args)
-    copy.load_state_dict(model.state_dict())
+    for name, value in copy.state_dict().items():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            state.setdefault(name, value)  # ones
+    copy.load_state_dict(state)
     if isinstance(copy, NepaViT):
         if options.attention is not None:
             copy.set_attention(options.attention)
@@ -184,11 +201,17 @@ class MeanClassifier(nn.Module):
 
 
 def layer_scale(name: str, depth: int, decay: float) -> float | None:
-    """Return the learning-rate factor of a parameter: decay^(L - 1 - i) in block i, ``None`` after the blocks."""
+    """Return the learning-rate factor of a parameter: decay^(L - 1 - i) in block i, decay^L before the blocks.
+
+    It is 1 for the norm between pooling and head, and ``None`` for the final norm and the head, which have a learning
+    rate of their own.
+    """
     name = name.removeprefix("backbone.")
     if match := re.match(r"blocks\.(\d+)\.", name):
         return float(decay ** (depth - 1 - int(match[1])))
-    return None if re.match(r"(norm|fc_norm|head)\.", name) else float(decay**depth)
+    if name.startswith("fc_norm."):
+        return 1.0
+    return None if re.match(r"(norm|head)\.", name) else float(decay**depth)
 
 
 def parameter_groups(network: nn.Module, depth: int, lr: float, options: FinetuneOptions) -> list[dict[str, Any]]:
@@ -198,7 +221,7 @@ def parameter_groups(network: nn.Module, depth: int, lr: float, options: Finetun
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale, matrix = layer_scale(name, depth, options.layer_decay), parameter.ndim > 1 and "token" not in name
+        scale, matrix = layer_scale(name, depth, options.layer_decay), parameter.ndim > 1
         group = {
             "params": [],
             "lr": head_lr if scale is None else lr * scale,
@@ -282,6 +305,30 @@ class Finetune(LightningModule):
         return [optimizer], [{"scheduler": LambdaLR(optimizer, factors), "interval": "step"}]
 
 
+class BestEpoch(Callback):
+    """Keeps the network of the epoch with the highest accuracy on the validation images, as it was scored.
+
+    It has to come before the callback that averages the weights, which takes the average out again after a validation.
+
+    Attributes:
+        top1: The accuracy in per cent.
+        epoch: The epoch, from 1.
+        state: The network's weights, on the CPU.
+    """
+
+    top1, epoch = -1.0, 0
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Compare, over all processes."""
+        top1 = 100 * float(pl_module.accuracy["top1"].compute())
+        if top1 > self.top1:
+            self.top1, self.epoch = top1, trainer.current_epoch + 1
+            self.state = {name: value.detach().cpu().clone() for name, value in pl_module.network.state_dict().items()}
+
+
 def finetune(
     model: Any,
     images: Images,
@@ -304,7 +351,8 @@ def finetune(
 
     Returns:
         ``top1`` and ``top5`` (or of all classes, where there are fewer) in per cent with ``ema_decay``, the decay that
-        was in force, and the fine-tuned network.
+        was in force, and the fine-tuned network. With ``select="best"``, ``top1`` is that of the best epoch, and
+        ``best_epoch`` and ``last_top1`` are given in place of ``top5``.
     """
     num_classes = len(images.classes)
     batch = batch_per_process(options.batch_size // options.accumulate, len(images.train), runtime.world_size)
@@ -316,12 +364,22 @@ def finetune(
             name_classes(network, images.classes)
         module = Finetune(network, num_classes, len(model.blocks), options, total)
         clip = options.clip_grad_norm or None
-        finite = FiniteTraining(rates := "--finetune.lr and --finetune.head_lr")
+        callbacks: list[Callback] = [FiniteTraining(rates := "--finetune.lr and --finetune.head_lr")]
+        best = BestEpoch() if options.select == "best" else None
         trainer = runtime.trainer(
-            options.epochs, [finite], gradient_clip_val=clip, accumulate_grad_batches=options.accumulate
+            options.epochs,
+            [*callbacks, best] if best else callbacks,
+            gradient_clip_val=clip,
+            accumulate_grad_batches=options.accumulate,
+            check_val_every_n_epoch=1 if best else options.epochs,
         )
         train = shuffled_loader(images.train, options.transform(form), runtime, batch, seed, trainer, num_workers)
         val = ordered_loader(images.val, form.evaluation(), runtime, batch, num_workers)
         trainer.fit(module, train, val)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, FusedEMA)]  # type: ignore[attr-defined]
-        return scores(trainer, rates) | {"ema_decay": averages[0].decay if averages else 0.0}, network.eval()
+        found = scores(trainer, rates) | {"ema_decay": averages[0].decay if averages else 0.0}
+        if best is not None:
+            network.load_state_dict(best.state)
+            of_best = {"top1": best.top1, "best_epoch": best.epoch, "last_top1": found["top1"]}
+            found = of_best | {"ema_decay": found["ema_decay"]}
+        return found, network.eval()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,7 @@ from nepa_plugin.data.samples import (
     loader_workers,
     trained_batches,
 )
-from nepa_plugin.data.transforms import NEPATransform, eval_transform
+from nepa_plugin.data.transforms import CropMode, NEPATransform, eval_transform
 from nepa_plugin.evaluation.processes import Runtime
 
 Split = Literal["train", "val"]
@@ -47,22 +48,23 @@ class Images:
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How a model takes images: size in pixels, normalisation, and centre crop over resized side."""
+    """How a model takes images: size in pixels, normalisation, centre crop over resized side, and how it is resized."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float
+    crop_mode: CropMode = "center"
 
     @classmethod
-    def of(cls, model: Any, crop_pct: float | None = None) -> "ImageFormat":
+    def of(cls, model: Any, crop_pct: float | None = None, crop_mode: CropMode = "center") -> "ImageFormat":
         """Return a timm model's format; ``crop_pct`` overrides its own, which is 1 up to 64 pixels."""
-        config = model.pretrained_cfg
-        return cls(image_size(model), tuple(config["mean"]), tuple(config["std"]), evaluation_crop(model, crop_pct))
+        config, crop = model.pretrained_cfg, evaluation_crop(model, crop_pct)
+        return cls(image_size(model), tuple(config["mean"]), tuple(config["std"]), crop, crop_mode)
 
     def evaluation(self) -> Callable[..., Any]:
         """Return the transform without augmentation."""
-        return eval_transform(self.size, self.crop_pct, self.mean, self.std)
+        return eval_transform(self.size, self.crop_pct, self.mean, self.std, self.crop_mode)
 
     def random_crop(self, scale: Sequence[float], hflip: float) -> Callable[..., Any]:
         """Return the linear probe's augmentation, which is NEPA's too: random resized crop and flip."""
@@ -107,6 +109,7 @@ def ordered_loader(
         batch_size=batch_size,
         num_workers=loader_workers(num_workers, runtime.world_size),
         pin_memory=runtime.device.type == "cuda",
+        generator=torch.Generator(),  # so that to look, while something trains, draws nothing from its random numbers
     )
 
 

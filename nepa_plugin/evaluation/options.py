@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from nepa_plugin.checkpoints import Weights
 from nepa_plugin.data.files import MAX_PIXELS
+from nepa_plugin.data.transforms import CropMode
 from nepa_plugin.evaluation.attentive import AttentiveOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
 from nepa_plugin.evaluation.knn import Temperature
@@ -31,6 +32,8 @@ class EvaluationOptions:
         weights: Of a run folder of the published code: its ``average`` or its ``raw`` ones.
         model_args: Arguments of the model that override the backbone's own, such as ``attention`` or ``img_size``.
         crop_pct: Centre crop over resized side of the scored images; by default the model's own, 1 up to 64 pixels.
+        crop_mode: ``center``, or ``squash``, which resizes both sides and loses the aspect ratio, as ViT-L was scored
+            when it was published (with a ``crop_pct`` of 0.95).
         max_image_pixels: The most pixels that an image may have.
         batch_size: Images per device while features are extracted.
         num_workers: Loader processes per device; by default the cores, at most 16, and none up to two cores.
@@ -54,6 +57,7 @@ class EvaluationOptions:
     weights: Weights = "average"
     model_args: dict[str, Any] = field(default_factory=dict)
     crop_pct: PositiveFraction | None = None
+    crop_mode: CropMode = "center"
     max_image_pixels: PositiveInt = MAX_PIXELS
     batch_size: PositiveInt = 256
     num_workers: NonNegativeInt | None = None

@@ -124,7 +124,7 @@ class _Evaluation:
             check_depth(model, depth)
         if options.pool not in pool_names(model):
             raise ValueError(f"pool {options.pool!r}: this model's features are {', '.join(pool_names(model))}.")
-        self.form = ImageFormat.of(model, options.crop_pct)
+        self.form = ImageFormat.of(model, options.crop_pct, options.crop_mode)
         self.solver = options.linear.choose(len(images.train))
         with frozen(model):
             example = torch.zeros(1, 3, *self.form.size, device=next(model.parameters()).device)
@@ -286,7 +286,8 @@ class _Evaluation:
             "finetune": ["finetune"],
             "readout": ["k", "temperature", "concat", "floor", "linear"],
         }[protocol]
-        chosen = {name: options[name] for name in names + shared} | {"crop_pct": self.form.crop_pct}
+        form = {"crop_pct": self.form.crop_pct, "crop_mode": self.form.crop_mode}
+        chosen = {name: options[name] for name in names + shared} | form
         if "linear" in chosen:
             chosen["linear"] |= {"solver": self.solver}
         if protocol == "attentive":

@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import nepa_plugin.methods
 from nepa_plugin.data.samples import torch_seeded
-from nepa_plugin.data.transforms import NEPATransform, crop_flip
+from nepa_plugin.data.transforms import NEPATransform, crop_flip, eval_transform
 
 SMALL = {
     "backbone": "vit_tiny_patch16_224",
@@ -42,6 +42,22 @@ def test_which_methods_have_one_crop_and_flip(name, interpolation):
         method.mean,
         method.std,
     )
+
+
+def test_how_scored_images_are_resized():
+    """The published ones: ViT-B's shorter side to 256, ViT-L's both sides to int(224 / 0.95) = 235."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8))
+
+    def expected(size, box):
+        resized = image.resize(size, Image.Resampling.BICUBIC).crop(box)
+        return torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    squashed = eval_transform(224, 0.95, crop_mode="squash")(image)
+    torch.testing.assert_close(squashed, expected((235, 235), (6, 6, 230, 230)), atol=1e-5, rtol=0)
+    centre = eval_transform(224)(image)
+    torch.testing.assert_close(centre, expected((426, 256), (101, 16, 325, 240)), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="crop_mode"):
+        eval_transform(crop_mode="stretch")
 
 
 def test_the_parameters_are_those_given():

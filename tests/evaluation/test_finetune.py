@@ -19,7 +19,7 @@ def _model(name="nepa_vit_tiny_patch14_224"):
 def test_layer_scales_are_the_published_ones():
     names = ["blocks.2.norm1.weight", "blocks.0.attn.qkv.weight", "backbone.blocks.1.gamma_1", "cls_token"]
     assert [layer_scale(name, 3, 0.5) for name in names] == [1.0, 0.25, 0.5, 0.125]
-    assert [layer_scale(name, 3, 0.5) for name in ("norm.weight", "fc_norm.bias", "head.weight")] == [None] * 3
+    assert [layer_scale(name, 3, 0.5) for name in ("norm.weight", "fc_norm.bias", "head.weight")] == [None, 1.0, None]
 
 
 def test_groups_cover_every_trained_parameter_once():
@@ -34,9 +34,11 @@ def test_groups_cover_every_trained_parameter_once():
     assert not any(name.startswith("patch_embed") for name in found)
     assert found["blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.025)
     assert found["blocks.2.attn.qkv.weight"]["lr"] == pytest.approx(0.1)
-    assert found["head.weight"]["lr"] == found["norm.bias"]["lr"] == found["fc_norm.weight"]["lr"] == 0.03
+    assert found["head.weight"]["lr"] == found["norm.bias"]["lr"] == 0.03
+    assert found["fc_norm.weight"]["lr"] == pytest.approx(0.1)
     assert found["blocks.0.attn.qkv.weight"]["weight_decay"] == 0.05
-    assert found["blocks.0.attn.qkv.bias"]["weight_decay"] == found["cls_token"]["weight_decay"] == 0
+    assert found["blocks.0.attn.qkv.bias"]["weight_decay"] == found["blocks.0.gamma_1"]["weight_decay"] == 0
+    assert found["cls_token"]["weight_decay"] == 0.05
 
 
 def test_warm_up_then_cosine():
@@ -65,7 +67,7 @@ def test_layer_warm_up_starts_the_last_block_first():
 def test_head_starts_at_zero_on_the_mean_of_the_patch_tokens(name):
     model = _model(name).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    network = classifier(model, 5, FinetuneOptions(drop_path_rate=0.2)).eval()
+    network = classifier(model, 5, FinetuneOptions(drop_path_rate=0.2, attention=None)).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(network(images), torch.zeros(2, 5))
@@ -80,6 +82,63 @@ def test_head_starts_at_zero_on_the_mean_of_the_patch_tokens(name):
 
 def test_attention_mode():
     assert classifier(_model(), 5, FinetuneOptions(attention="bidirectional")).attention == "bidirectional"
-    assert classifier(_model(), 5, FinetuneOptions()).attention == "causal"
+    assert classifier(_model(), 5, FinetuneOptions()).attention == "bidirectional"
+    assert classifier(_model(), 5, FinetuneOptions(attention="causal")).attention == "causal"
+    assert classifier(_model(), 5, FinetuneOptions(attention=None)).attention == "causal"
     with pytest.raises(ValueError, match="bidirectional attention only"):
         classifier(_model("plain_vit_tiny_patch14_224"), 5, FinetuneOptions(attention="causal"))
+
+
+def test_qk_norm_gains_a_weight_of_ones():
+    network = classifier(_model(), 5, FinetuneOptions())
+    for block in network.blocks:
+        assert torch.equal(block.attn.q_norm.weight, torch.ones(16)) and block.attn.q_norm.bias is None
+        assert torch.equal(block.attn.k_norm.weight, torch.ones(16))
+    assert classifier(_model(), 5, FinetuneOptions(qk_norm_affine=False)).blocks[0].attn.q_norm.weight is None
+    # a weight that is there already stays
+    model = timm.create_model("nepa_vit_tiny_patch14_224", qk_norm_affine=True, **SIZES)
+    nn.init.constant_(model.blocks[1].attn.k_norm.weight, 0.3)
+    assert torch.equal(classifier(model, 5, FinetuneOptions()).blocks[1].attn.k_norm.weight, torch.full((16,), 0.3))
+
+
+# RECIPES of ViT-B and ViT-L: base lr per 256, layer decay, warm-up; batch 1024, 100 epochs, head lr 1e-3
+PUBLISHED = {"base": (1.5e-3, 0.65, 0.2, 12), "large": (1e-3, 0.75, 0.3, 24)}
+
+
+def _published_rate(name, step, size):
+    """The published learning rate of a parameter at a step, written out."""
+    base, decay, warmup, depth = PUBLISHED[size]
+    steps = 100 * 1251
+    if name.startswith("blocks."):
+        factor = decay ** (depth - 1 - int(name.split(".")[1]))
+    else:
+        factor = {"cls_token": decay**depth, "fc_norm": 1.0}.get(name.split(".")[0], 1.0)
+    peak = 1e-3 if name.split(".")[0] in ("norm", "head") else 4 * base * factor
+    warm = max(1, warmup * steps * (1 - factor))
+    if step < warm:
+        return peak * (step + 1) / (warm + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_every_group_follows_the_published_recipe_over_the_whole_schedule(size):
+    base, decay, warmup, depth = PUBLISHED[size]
+    options = FinetuneOptions(lr=base, layer_decay=decay, warmup_fraction=warmup)
+    name = f"nepa_vit_{size}_patch14_224"
+    network = timm.create_model(name, num_classes=1000, qk_norm_affine=True, device="meta")
+    network.patch_embed.requires_grad_(False)
+    module = Finetune(network, 1000, depth, options, 1024)
+    module.trainer = type("Trainer", (), {"estimated_stepping_batches": 100 * 1251})()
+    (optimizer,), (schedule,) = module.configure_optimizers()
+    assert (optimizer.defaults["betas"], options.batch_size, options.epochs) == ((0.9, 0.999), 1024, 100)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    grouped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(n for n, p in network.named_parameters() if not n.startswith("patch_embed."))
+    for group, factor in zip(optimizer.param_groups, schedule["scheduler"].lr_lambdas, strict=True):
+        for parameter in group["params"]:
+            own = names[id(parameter)]
+            assert group["weight_decay"] == (
+                0.05 if own == "cls_token" or (own.endswith(".weight") and parameter.ndim == 2) else 0
+            )
+            for step in (0, 1, 100, 5_000, 20_000, 25_019, 37_530, 62_550, 110_000, 125_099):
+                assert group["initial_lr"] * factor(step) == pytest.approx(_published_rate(own, step, size), rel=1e-9)

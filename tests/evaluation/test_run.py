@@ -28,7 +28,7 @@ from nepa_plugin.evaluation import (
 from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.cache import weights_hash
 from nepa_plugin.evaluation.finetune import finetune
-from nepa_plugin.evaluation.images import ImageFormat, open_images
+from nepa_plugin.evaluation.images import ImageFormat, open_images, ordered_loader
 from nepa_plugin.evaluation.processes import launch
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,24 @@ def _top1(entry, images=29):
     hits = entry["top1"] * images / 100
     assert hits == pytest.approx(round(hits), abs=1e-3)  # a count of whole images
     return round(hits)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_the_best_epoch_is_what_is_returned(model, folder, ema_decay):
+    images, form = open_images(folder), ImageFormat.of(model)
+    options = FinetuneOptions(epochs=3, batch_size=16, ema_decay=ema_decay, select="best", lr=0.02, head_lr=0.02)
+    found, network = finetune(model, images, form, launch("cpu"), options, num_workers=0)
+    assert set(found) == {"top1", "best_epoch", "last_top1", "ema_decay"} and 1 <= found["best_epoch"] <= 3
+    assert found["top1"] >= found["last_top1"]
+    with torch.no_grad():
+        hits = sum(
+            int((network(batch).argmax(1) == labels).sum())
+            for batch, labels, *_ in ordered_loader(images.val, form.evaluation(), launch("cpu"), 32, 0)
+        )
+    assert hits == _top1(found)
+    last = FinetuneOptions(epochs=3, batch_size=16, ema_decay=ema_decay, lr=0.02, head_lr=0.02)
+    scores, _ = finetune(model, images, form, launch("cpu"), last, num_workers=0)
+    assert scores["top1"] == pytest.approx(found["last_top1"])  # to look does not change the training
 
 
 @pytest.mark.slow
