@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("demo", "pretrain NEPA on handwritten digits and look at what it learned (some minutes on a CPU)"),
     "pretrain": ("pretrain", "pretrain a method on a folder of images"),
     "evaluate": ("evaluate", "score a backbone: kNN, linear and attentive probes, fine-tuning, readout by depth"),
+    "predict": ("predict", "classify images with a fine-tuned network"),
     "compare": ("compare", "train several methods on equal terms, evaluate them and write a report"),
     "visualize": ("visualize", "draw what a NEPA backbone expects of the next patches"),
     "convert": ("convert_checkpoint", "convert a checkpoint between timm's, the published and mmengine's layout"),

@@ -37,6 +37,9 @@ def place(tmp_path_factory):
     nepa_plugin.save_backbone(model, root / "backbone")
     plain = timm.create_model("plain_vit_tiny_patch14_224", **SIZES)
     nepa_plugin.save_backbone(plain, root / "plain")
+    model.reset_classifier(2)
+    nepa_plugin.save_backbone(model, root / "classifier")
+    model.reset_classifier(0, "")
     image_tree(root / "images")
 
     for name in ("one_class", "no_val", "flat", "other_classes", "damaged", "empty_class"):
@@ -211,6 +214,25 @@ ROWS = [
     ("compare {run_cut} --data {images} --k 2", "{run_cut}/summary.json is damaged: "),
     ("compare {run_keys} --data {images} --k 2", "{run_keys}/summary.json is damaged: it has no "),
     ("compare {run_type} --data {images} --k 2", "{run_type}/summary.json is damaged: it"),
+    # -- predict
+    ("predict {classifier}", "the following arguments are required: IMAGE"),
+    ("predict {nowhere} {images}", "No checkpoint at {nowhere}"),
+    ("predict {backbone} {images}", "{backbone} is a backbone, which has no classes. Fine-tune it first"),
+    ("predict {half} {images}", "{half}"),
+    ("predict {classifier} {nowhere}.jpg", "No image at {nowhere}.jpg."),
+    ("predict {classifier} {dead}", "No image at {dead}."),
+    ("predict {classifier} {empty}", "{empty} holds no image file."),
+    ("predict {classifier} {file}", "None of 1 file(s) can be read as an image: {file} (damaged)."),
+    ("predict {classifier} {images} --top 0", "--top must be at least 1, got 0."),
+    ("predict {classifier} {images} --batch_size -1", "--batch_size must be at least 1, got -1."),
+    ("predict {classifier} {images} --crop_pct 0", "--crop_pct must be in (0, 1], got 0.0."),
+    ("predict {classifier} {images} --num_workers -1", "--num_workers must be at least 0, got -1."),
+    (
+        "predict {classifier} {images} --max_image_pixels 10",
+        "None of 10 file(s) can be read as an image: {images}/train/a/0.png (256 pixels, more than",
+    ),
+    ("predict {classifier} {images} --out {file}", "--out {file}: it is no folder."),
+    ("predict {classifier} {images} --crop_mode stretch", "argument --crop_mode: invalid choice: 'stretch'"),
     # -- visualize
     ("visualize", "the following arguments are required: backbone, --data"),
     (VISUALIZE + "--images 0", "--images must be at least 1, got 0."),
@@ -313,5 +335,5 @@ def test_one_line_and_nothing_written(command, message, there, tmp_path, capsys)
 def test_the_table_is_long_enough():
     rows = {name: sum(row[0].split()[0] == name for row in ROWS) for name in nepa_command.COMMANDS}
     assert sum(rows.values()) == len(ROWS) >= 80
-    covered = {"evaluate", "compare", "visualize", "benchmark", "shards", "digit-scenes", "convert"}
+    covered = {"evaluate", "compare", "visualize", "benchmark", "shards", "digit-scenes", "convert", "predict"}
     assert {name for name, count in rows.items() if count >= 6} == covered
