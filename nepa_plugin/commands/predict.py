@@ -87,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
         table = Table("image", *(f"{i + 1}" for i in range(min(given.top, 5))), title=None)
         for found in islice(predictions, SHOWN):
             pairs = list(zip(found.classes, found.probabilities, strict=True))[:5]
-            table.add_row(escape(str(found.path)), *(f"{escape(name)} {100 * value:.1f} %" for name, value in pairs))
+            table.add_row(escape(found.path.name), *(f"{escape(name)} {100 * value:.1f} %" for name, value in pairs))
         Console().print(table)
         if len(predictions) > SHOWN:
             print(f"and {len(predictions) - SHOWN} more" + ("" if given.out else ": --out FOLDER writes all of them"))

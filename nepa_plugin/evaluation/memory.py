@@ -114,9 +114,9 @@ def memory_steps(
         steps.append(_step("kNN", sizes, 0, FLOAT * (2 * (m + rows) * width + rows * m) + 24 * m * options.k))
     if solver == "logistic" and {"linear", "readout"} & set(protocols):
         wide = width * (min(options.concat, sizes.depths) if "readout" in protocols else 1)
-        # the features put together; scikit-learn's standardised ones, and two in float64 while it finds their variance;
-        # logits and their gradient; the solver's history
-        host = FLOAT * (n * (6 * wide + 3 * sizes.classes) + 20 * wide * sizes.classes)
+        # the features put together and as scikit-learn standardises them, partly in float64; logits and their gradient;
+        # the solver's history
+        host = FLOAT * (n * (5 * wide + 3 * sizes.classes) + 20 * wide * sizes.classes)
         remedy = "Lower --linear.logistic_limit: linear probes are then trained with SGD."
         steps.append(Step("logistic regression", host, 0, remedy))
     if solver == "sgd" and "readout" in protocols:

@@ -187,10 +187,10 @@ DETAILS = ("qk_norm", "qk_norm_affine", "mlp_act", "swiglu_mlp", "mlp_ratio", "i
 
 
 def _details(arch: str, init_cfg: dict | None) -> dict[str, Any]:
-    """Return what a NEPA predictor's checkpoint says of :data:`DETAILS`.
+    """Return what a NEPA predictor's checkpoint says of ``DETAILS``.
 
     Where it cannot be read, as when a trained segmentation model is tested elsewhere, it says nothing; a training,
-    which needs it, then ends in :meth:`TimmViT.init_weights`.
+    which needs it, then ends where the weights are loaded.
     """
     if init_cfg is None or not arch.startswith("nepa_vit_"):
         return {}
