@@ -2,6 +2,7 @@
 
 from nepa_plugin.checkpoints.class_names import class_names, name_classes
 from nepa_plugin.checkpoints.errors import CheckpointError
+from nepa_plugin.checkpoints.features import weights_hash, write_best_feature
 from nepa_plugin.checkpoints.files import Weights
 from nepa_plugin.checkpoints.reading import (
     check_fit,
@@ -38,5 +39,7 @@ __all__ = [
     "save_backbone",
     "save_mmengine",
     "untrained_like",
+    "weights_hash",
+    "write_best_feature",
     "write_tensors",
 ]

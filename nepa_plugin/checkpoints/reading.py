@@ -6,7 +6,7 @@ Loading is all or nothing, and nothing is unpickled: safetensors, or ``torch.loa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -15,13 +15,20 @@ from torch import Tensor, nn
 from nepa_plugin import models as models  # the names that checkpoints are built by
 from nepa_plugin.checkpoints.class_names import name_classes
 from nepa_plugin.checkpoints.errors import CheckpointError, listing
+from nepa_plugin.checkpoints.features import read_best_feature
 from nepa_plugin.checkpoints.files import Weights, read_stored
 from nepa_plugin.checkpoints.plausible import check_plausible
 from nepa_plugin.checkpoints.published import MODEL_TYPE, args_from_nepa, class_names_from_nepa, state_from_nepa
 from nepa_plugin.checkpoints.writing import backbone_config
+from nepa_plugin.predictor import NepaViT
 
 
-def load_backbone(source: str | Path, weights: Weights = "average", **model_args: Any) -> nn.Module:
+def load_backbone(
+    source: str | Path,
+    weights: Weights = "average",
+    feature: Literal["best"] | None = None,
+    **model_args: Any,
+) -> nn.Module:
     """Build the model that a checkpoint holds and load its weights, all of them or none.
 
     Args:
@@ -32,6 +39,8 @@ def load_backbone(source: str | Path, weights: Weights = "average", **model_args
             written with ``CheckpointGuardHook``.
         weights: Where a run folder of the published code holds averaged weights (``pytorch_model_ema.bin``) beside the
             raw ones: ``"average"``, which is what NEPA transfers, or ``"raw"``.
+        feature: ``"best"`` lets ``model.extract_features`` of a NEPA predictor read the depth and pooling that ``nepa
+            evaluate --protocol readout`` has found for this folder.
         **model_args: Override how the model is built, e.g. ``img_size=448``, ``attention="bidirectional"``,
             ``drop_path_rate=0.1``. Architecture changes that the weights do not fit are an error.
 
@@ -53,6 +62,10 @@ def load_backbone(source: str | Path, weights: Weights = "average", **model_args
     load_weights(model, stored.state, str(source))
     if stored.class_names is not None and len(stored.class_names) == getattr(model, "num_classes", 0):
         name_classes(model, stored.class_names)
+    if feature is not None:
+        if feature != "best" or not isinstance(model, NepaViT):
+            raise ValueError(f"feature={feature!r}: 'best' is all there is, for NEPA predictors.")
+        model.best_feature = read_best_feature(source, model)
     return model.eval()
 
 

@@ -43,7 +43,7 @@ def main(args: list[str] | None = None) -> None:
     parser = Parser(prog=program("evaluate", args), description=__doc__, default_env=False)
     parser.add_argument("backbone", type=str, help="what to evaluate")
     parser.add_argument("--data", type=str, required=True, help="'digits', or a folder with train/ and val/")
-    parser.add_argument("--protocol", type=str, default="readout", help="knn,linear,attentive,finetune,readout")
+    parser.add_argument("--protocol", type=str, default="readout", help="knn,linear,attentive,finetune,readout,head")
     parser.add_argument("--out", type=Optional[str], default=None, help="folder for results.json and readout.png")
     parser.add_argument("--no-cache", action="store_true", help="compute features anew and keep none")
     parser.add_argument("--config", action="config", help="YAML file of options")

@@ -21,15 +21,6 @@ from nepa_plugin.runtime.files import remove_parts, whole_file
 FORMAT = 1  # raise it when features of the same key would differ
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Return a SHA-256 of a model's weights: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def model_description(model: nn.Module) -> str:
     """Return what, next to the weights, decides a model's features."""
     try:

@@ -1,6 +1,7 @@
 """Evaluates one backbone on one set of images with one or several protocols."""
 
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,12 +12,12 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from nepa_plugin.checkpoints import save_backbone, untrained_like
+from nepa_plugin.checkpoints import save_backbone, untrained_like, weights_hash, write_best_feature
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import content_fingerprint
 from nepa_plugin.evaluation.attentive import TokenSet, attentive_probe, attentive_probe_tokens
 from nepa_plugin.evaluation.backbones import open_backbone
-from nepa_plugin.evaluation.cache import FeatureCache, files_hash, model_description, weights_hash
+from nepa_plugin.evaluation.cache import FeatureCache, files_hash, model_description
 from nepa_plugin.evaluation.features import (
     DepthFeatures,
     FrozenFeatures,
@@ -30,6 +31,7 @@ from nepa_plugin.evaluation.features import (
     pool_names,
 )
 from nepa_plugin.evaluation.finetune import finetune
+from nepa_plugin.evaluation.head import check_head, head_accuracy
 from nepa_plugin.evaluation.images import ImageFormat, Images, Split, open_images, ordered_loader
 from nepa_plugin.evaluation.knn import knn_accuracy
 from nepa_plugin.evaluation.linear import linear_probe, logistic_probe
@@ -42,7 +44,7 @@ from nepa_plugin.evaluation.streamed import streamed_readout
 from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.places import check_folder
 
-PROTOCOLS = ("knn", "linear", "attentive", "finetune", "readout")
+PROTOCOLS = ("knn", "linear", "attentive", "finetune", "readout", "head")
 Pair = tuple[str, str]  # depth and pooling
 
 
@@ -62,7 +64,7 @@ def evaluate(
         source: Anything :func:`nepa_plugin.load_backbone` reads, a timm model name, or a model. Its weights are left as
             they are by every protocol.
         data: ``"digits"``, or a folder that holds ``train`` and ``val`` with a sub-folder per class.
-        protocols: Of ``knn``, ``linear``, ``attentive``, ``finetune`` and ``readout``.
+        protocols: Of ``knn``, ``linear``, ``attentive``, ``finetune``, ``readout`` and ``head`` (of a classifier).
         options: How; the defaults if left out.
         out: Folder for ``results.json`` and ``readout.png``. A fine-tuned NEPA predictor is saved there as
             ``finetuned``. Nothing is written by default.
@@ -153,6 +155,8 @@ class _Evaluation:
         }
 
     def run(self, protocols: Sequence[str], out: str | Path | None) -> dict[str, Any]:
+        if "head" in protocols:
+            check_head(self.model, self.images)
         before = read_results(out) if out is not None else None
         if before is not None:
             check_same_data(before, self.results, Path(cast(str, out)) / "results.json")
@@ -175,6 +179,9 @@ class _Evaluation:
             with self._timed("attentive", out) as entry:
                 options = self.options.attentive, self.attentive_depth
                 entry |= attentive_probe(self.model, *place, *options, num_workers=workers, seed=seed)
+        if "head" in protocols:
+            with self._timed("head", out) as entry:
+                entry |= head_accuracy(self.model, *place, self.options.batch_size, workers)
         if "finetune" in protocols:
             self._finetune(out)
         if "readout" in protocols and self.solver == "sgd":
@@ -184,7 +191,7 @@ class _Evaluation:
                     networks["untrained_rows"] = untrained_like(self.model, self.options.seed)
                 for name, network in networks.items():
                     entry[name] = [asdict(row) for row in streamed_readout(network, *place, self.options)]
-            self._draw_readout(out)
+            self._keep_readout(out)
         floor = None
         if "readout" in protocols and self.solver == "logistic" and self.options.floor:
             pairs = [pair for pair in wanted if pair[1] != "tokens"]
@@ -244,11 +251,24 @@ class _Evaluation:
                         entry[name] = [
                             asdict(row) for row in readout(*pair, *knn, options.linear.C, options.concat, device)
                         ]
-            self._draw_readout(out)
+            self._keep_readout(out)
 
-    def _draw_readout(self, out: str | Path | None) -> None:
-        if out is not None and self.runtime.rank == 0:
+    def _keep_readout(self, out: str | Path | None) -> None:
+        """Draw the readout, and write down beside a backbone's folder which of its features is best."""
+        if self.runtime.rank:
+            return
+        if out is not None:
             readout_figure(readout_rows(self.results), Path(out) / "readout.png")
+        folder = Path(self.results["backbone"]["source"])
+        if self.options.untrained or self.options.model_args or not (folder / "config.json").is_file():
+            return
+        rows = [row for row in self.results["protocols"]["readout"]["rows"] if row["pool"] != "concat"]
+        best = max(rows, key=lambda row: row["linear"])
+        about = {"linear": best["linear"], "data": self.images.source, "classes": len(self.images.classes)}
+        try:
+            write_best_feature(folder, self.model, best["depth"], best["pool"], **about)
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be written to, so the best feature is not kept: {error}", stacklevel=2)
 
     def _finetune(self, out: str | Path | None) -> None:
         with self._timed("finetune", out) as entry:
@@ -284,6 +304,7 @@ class _Evaluation:
             "linear": ["depth", "pool", "linear"],
             "attentive": ["attentive"],
             "finetune": ["finetune"],
+            "head": [],
             "readout": ["k", "temperature", "concat", "floor", "linear"],
         }[protocol]
         form = {"crop_pct": self.form.crop_pct, "crop_mode": self.form.crop_mode}

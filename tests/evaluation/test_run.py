@@ -12,7 +12,7 @@ import timm
 import torch
 
 import nepa_plugin
-from nepa_plugin.checkpoints import class_names
+from nepa_plugin.checkpoints import class_names, weights_hash
 from nepa_plugin.data import digits_folder
 from nepa_plugin.evaluation import (
     AttentiveOptions,
@@ -26,7 +26,6 @@ from nepa_plugin.evaluation import (
     write_results,
 )
 from nepa_plugin.evaluation.backbones import open_backbone
-from nepa_plugin.evaluation.cache import weights_hash
 from nepa_plugin.evaluation.finetune import finetune
 from nepa_plugin.evaluation.images import ImageFormat, open_images, ordered_loader
 from nepa_plugin.evaluation.processes import launch
