@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": ("compare", "train several methods on equal terms, evaluate them and write a report"),
     "visualize": ("visualize", "draw what a NEPA backbone expects of the next patches"),
     "convert": ("convert_checkpoint", "convert a checkpoint between timm's, the published and mmengine's layout"),
+    "export": ("export", "write a network as ONNX or for torch.export"),
     "shards": ("make_shards", "pack an image folder into tar files for data.train_shards"),
     "segment": ("segment", "segment images with a checkpoint of mmsegmentation"),
     "digit-scenes": ("make_digit_scenes", "write the images of the segmentation demo"),

@@ -214,6 +214,14 @@ ROWS = [
     ("compare {run_cut} --data {images} --k 2", "{run_cut}/summary.json is damaged: "),
     ("compare {run_keys} --data {images} --k 2", "{run_keys}/summary.json is damaged: it has no "),
     ("compare {run_type} --data {images} --k 2", "{run_type}/summary.json is damaged: it"),
+    # -- export
+    ("export {backbone}", "the following arguments are required: target"),
+    ("export {backbone} {new}", "the name must end with .onnx (ONNX) or .pt2 (torch.export)."),
+    ("export {backbone} {new}.pt2 --batch 0", "batch must be at least 1, got 0."),
+    ("export {nowhere} {new}.pt2", "No checkpoint at {nowhere}"),
+    ("export {backbone} {file}/x.pt2", "Not a directory"),
+    ("export {backbone} {new}.pt2 --img_size 20", "Image size (20, 20) is not divisible by patch size (8, 8)"),
+    ("export {plain} {new}.pt2 --attention causal", "cannot build 'plain_vit_tiny_patch14_224'"),
     # -- predict
     ("predict {classifier}", "the following arguments are required: IMAGE"),
     ("predict {nowhere} {images}", "No checkpoint at {nowhere}"),
@@ -335,5 +343,15 @@ def test_one_line_and_nothing_written(command, message, there, tmp_path, capsys)
 def test_the_table_is_long_enough():
     rows = {name: sum(row[0].split()[0] == name for row in ROWS) for name in nepa_command.COMMANDS}
     assert sum(rows.values()) == len(ROWS) >= 80
-    covered = {"evaluate", "compare", "visualize", "benchmark", "shards", "digit-scenes", "convert", "predict"}
+    covered = {
+        "evaluate",
+        "compare",
+        "visualize",
+        "benchmark",
+        "shards",
+        "digit-scenes",
+        "convert",
+        "predict",
+        "export",
+    }
     assert {name for name, count in rows.items() if count >= 6} == covered
