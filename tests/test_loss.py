@@ -13,7 +13,7 @@ def test_parity_of_loss_and_every_gradient(toy, expected):
     assert abs(loss.item() - expected["loss"].item()) <= 1e-6
     loss.backward()
     published = {k.removeprefix("grad."): v for k, v in expected.items() if k.startswith("grad.")}
-    reference = state_from_nepa(published, depth=3, gated=False)
+    reference, _ = state_from_nepa(published, depth=3, gated=False)
     parameters = dict(toy.named_parameters())
     assert reference.keys() == parameters.keys()
     for name, gradient in reference.items():

@@ -63,17 +63,28 @@ class Deadline(threading.Thread):
                     if self._signalled is None:
                         self._signalled = now
                     elif now - self._signalled > self.SECOND:
-                        self._end("got SIGTERM a second time")
+                        self.end("got SIGTERM a second time")
             if self._signalled is not None:
                 waited = time.monotonic() - max(self._signalled, self._last)
                 if waited > max(self.seconds, 5 * self._longest):
-                    self._end(f"got SIGTERM and waits for another process since {waited:.0f} s")
+                    self.end(f"got SIGTERM and waits for another process since {waited:.0f} s")
+
+    @property
+    def signalled(self) -> bool:
+        """Whether the process has got SIGTERM."""
+        return self._signalled is not None
 
     @staticmethod
-    def _end(why: str) -> None:
+    def end(why: str) -> None:
+        """End this process at once, with status 143 and a line that says why."""
         text = f"A process {why}: it ends without a checkpoint of its own. Go on from the last one: --ckpt_path last.\n"
         os.write(2, text.encode())
         os._exit(143)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because the other side is gone; gloo has no error of its own for it."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "onnection " in str(error))
 
 
 class StopTogether(Callback):
@@ -133,6 +144,15 @@ class StopTogether(Callback):
         if self._deadline is not None:
             self._deadline.close()
             self._deadline = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End as :class:`Deadline` would, where the process that this one waits for has ended first on the same signal.
+
+        Both deadlines pass at about the same time; the collective of the later one then fails.
+        """
+        noted = self._signalled or (self._deadline is not None and self._deadline.signalled)
+        if noted and trainer.world_size > 1 and _is_lost_connection(exception):
+            Deadline.end("got SIGTERM, and the one that it waits for has ended")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop after the epoch if the signal has come meanwhile."""

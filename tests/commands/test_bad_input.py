@@ -106,7 +106,7 @@ ROWS = [
     # -- evaluate: options
     ("evaluate", "the following arguments are required: backbone, data"),
     (EVALUATE + "--protcol knn", "unrecognized arguments: --protcol"),
-    (EVALUATE + "--protocol knm", "protocol knm: give one or several of knn, linear, attentive, finetune, readout."),
+    (EVALUATE + "--protocol knm", "give one or several of knn, linear, attentive, finetune, readout, head."),
     (EVALUATE + "--protocol ,", "protocol missing: give one or several of knn"),
     (EVALUATE + "--k 0", "k must be at least 1, got 0."),
     (EVALUATE + "--k many", 'Parser key "k"'),

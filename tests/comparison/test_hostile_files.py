@@ -8,7 +8,7 @@ import timm
 import torch
 
 import nepa_plugin
-from nepa_plugin.comparison import Comparison, Run, run
+from nepa_plugin.comparison import Comparison, Run, plan, run
 from nepa_plugin.comparison.plan import folder_name
 from nepa_plugin.comparison.report import accuracy_table, write_report
 
@@ -93,7 +93,7 @@ def test_configs_are_read_with_bounds(tmp_path, text, message):
         read_config(path)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=f"config.yaml.*{message}"):
-        run._read_config(path)
+        plan._read_config(path)
 
 
 def test_aliases_within_bounds_and_merge_keys_are_read(tmp_path):
