@@ -5,7 +5,8 @@ python benchmarks/evaluation_memory.py --out benchmarks/evaluation_memory.json
 Runs kNN, linear probe and the readout of all depths, on images of random pixels, with a ViT whose tokens are as wide as
 ViT-B's but few: its features take as much memory, and little time. Every run is a process of its own, whose peak of
 anonymous memory (files that are mapped can be taken back) is compared with that of a run on almost no images.
-The last table is the calculation for ViT-B on ImageNet's 1.28 million images.
+The last tables are the calculation for ViT-B on ImageNet's 1.28 million images; --images without a number prints them
+alone.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +100,7 @@ def calculated(train: int, val: int, solver: str, cache: bool) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="+", default=[4_000, 8_000, 16_000])
+    parser.add_argument("--images", type=int, nargs="*", default=[4_000, 8_000, 16_000])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child")
     parser.add_argument("--solver", default="logistic")
@@ -110,7 +112,7 @@ def main() -> None:
     cases = [("logistic", False), ("logistic", True), ("sgd", True)]
     with tempfile.TemporaryDirectory() as root:
         few = folder(Path(root) / "few", 200, 100)
-        base = {case: measured(few, *case) - calculated(200, 100, *case) for case in cases}
+        base = {case: measured(few, *case) - calculated(200, 100, *case) for case in cases if args.images}
         for count in args.images:
             data = folder(Path(root) / str(count), count, count // 5)
             for case in cases:
@@ -125,14 +127,21 @@ def main() -> None:
         values = (f"{row[key] / GB:.3f}" for key in ("measured", "calculated"))
         table.add_row(f"{row['train']} + {row['val']}", row["solver"], kept, *values)
     console.print(table)
-    imagenet = EvaluationOptions()
-    steps = memory_steps(IMAGENET, ["knn", "linear", "readout"], imagenet, 1, False)
-    table = Table("step", "memory, GB", title="ViT-B on ImageNet, kNN, linear and readout on one CPU process")
-    for step in steps:
-        table.add_row(step.name, f"{step.host / GB:.1f}")
-    console.print(table)
+    places = {"the CPU alone": IMAGENET, "one CUDA device": replace(IMAGENET, cuda=True)}
+    steps = {
+        place: memory_steps(sizes, ["knn", "linear", "readout"], EvaluationOptions(), 1, False)
+        for place, sizes in places.items()
+    }
+    for place, found in steps.items():
+        table = Table("step", "host, GB", "device, GB", title=f"ViT-B on ImageNet: kNN, linear, readout on {place}")
+        for step in found:
+            table.add_row(step.name, f"{step.host / GB:.1f}", f"{step.device / GB:.1f}")
+        console.print(table)
     if args.out:
-        record = {"runs": rows, "imagenet": {step.name: step.host for step in steps}}
+        record = {
+            "runs": rows,
+            "imagenet": {k: {s.name: [s.host, s.device] for s in found} for k, found in steps.items()},
+        }
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return None
 

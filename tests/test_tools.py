@@ -74,6 +74,8 @@ def test_convert_through_every_layout_is_bit_exact(tmp_path, capsys):
     assert "192 x 64" in row and "backbone.vit.blocks.2.attn.qkv.weight" in row
     weights = nepa_plugin.load_backbone(TOY_CLASSIFIER).state_dict()
     assert said.count("backbone.vit.") == len(weights) and not (tmp_path / "b.pth").exists()
+    tool("convert_checkpoint", tmp_path / "a.pth", tmp_path / "other", "--dry_run")
+    assert capsys.readouterr().out.count("backbone.vit.") == len(weights)  # as they are called in the source
 
 
 @pytest.mark.parametrize("name", ["evaluate", "visualize"])

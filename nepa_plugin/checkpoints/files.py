@@ -24,8 +24,10 @@ AVERAGE_NAME = "pytorch_model_ema.bin"
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def read_stored(source: str | Path, weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return config and weights as they are in the files: timm's or the published layout.
+def read_stored(source: str | Path, weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Return config and weights as they are in the files, timm's or the published layout.
+
+    A training checkpoint's weights come without the prefix that they have in it, which is returned, too.
 
     Args:
         source: As for :func:`nepa_plugin.load_backbone`.
@@ -66,7 +68,7 @@ def read_stored(source: str | Path, weights: Weights) -> tuple[dict[str, Any], d
             f'{config_path} is neither a timm config ("architecture") nor a published NEPA config '
             '("model_type": "vit_nepa").'
         )
-    return config, state
+    return config, state, ""
 
 
 def _weights_file(folder: Path, weights: Weights) -> Path:
@@ -140,7 +142,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     checkpoint = read_tensors(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} holds no 'state_dict': it is not a training checkpoint.")
@@ -158,4 +160,4 @@ def _read_torch(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if any(k.startswith("backbone.vit.") for k in weights):
         prefix = "backbone.vit."
     state = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
-    return config, state
+    return config, state, prefix

@@ -136,7 +136,6 @@ class Stored:
         arch: timm's name of the architecture.
         args: Arguments of ``timm.create_model``.
         state: The weights under the model's names, on the CPU.
-        layout: ``"timm"`` or ``"nepa"``, of its config.
         names: Per weight of the model, its names in the file.
         class_names: Of a classifier, where the checkpoint has them.
     """
@@ -144,7 +143,6 @@ class Stored:
     arch: str
     args: dict[str, Any]
     state: dict[str, Tensor]
-    layout: str
     names: dict[str, tuple[str, ...]]
     class_names: list[str] | None = None
 
@@ -171,7 +169,7 @@ def open_checkpoint(source: str | Path, weights: Weights = "average") -> Stored:
     """Return what a checkpoint holds; arguments and errors as for :func:`read_checkpoint`."""
     if weights not in ("average", "raw"):
         raise ValueError(f"weights={weights!r} is neither 'average' nor 'raw'.")
-    config, state = read_stored(source, weights)
+    config, state, prefix = read_stored(source, weights)
     if config.get("model_type") == MODEL_TYPE:
         arch = "nepa_vit_base_patch14_224"
         try:
@@ -181,7 +179,7 @@ def open_checkpoint(source: str | Path, weights: Weights = "average") -> Stored:
         # Its blocks are counted under their own names only once their number is known.
         check_plausible(arch, args, state, str(source))
         own, places = state_from_nepa(state, depth=args["depth"], gated=args["swiglu_mlp"])
-        return Stored(arch, args, own, "nepa", places, names)
+        return Stored(arch, args, own, places, names)
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise CheckpointError(f"{source}: `model_args` of its config must be a mapping, not {args!r}.")
@@ -194,7 +192,7 @@ def open_checkpoint(source: str | Path, weights: Weights = "average") -> Stored:
     if arch.startswith("nepa_vit_"):
         # ViT-L's name did not stand for QK-norm with a weight at first
         args["qk_norm_affine"] = "blocks.0.attn.q_norm.weight" in state
-    return Stored(arch, args, state, "timm", {key: (key,) for key in state}, _label_names(config, str(source)))
+    return Stored(arch, args, state, {key: (prefix + key,) for key in state}, _label_names(config, str(source)))
 
 
 def _label_names(config: dict[str, Any], source: str) -> list[str] | None:
