@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "demo": ("demo", "pretrain NEPA on handwritten digits and look at what it learned (some minutes on a CPU)"),
     "pretrain": ("pretrain", "pretrain a method on a folder of images"),
+    "finetune": ("finetune", "fine-tune a backbone on a folder of images with classes"),
     "evaluate": ("evaluate", "score a backbone: kNN, linear and attentive probes, fine-tuning, readout by depth"),
     "predict": ("predict", "classify images with a fine-tuned network"),
     "compare": ("compare", "train several methods on equal terms, evaluate them and write a report"),

@@ -14,6 +14,7 @@ FLOORS = (
     {"data"},
     {"analysis"},
     {"methods", "segmentation"},
+    {"finetuning"},
     {"training", "evaluation"},
     {"comparison", "speed"},
     {"commands"},

@@ -1,5 +1,6 @@
 """Backbone weights in and out. See :func:`load_backbone` and :func:`save_backbone`."""
 
+from nepa_plugin.checkpoints.backbones import open_backbone
 from nepa_plugin.checkpoints.class_names import class_names, name_classes
 from nepa_plugin.checkpoints.errors import CheckpointError
 from nepa_plugin.checkpoints.features import weights_hash, write_best_feature
@@ -33,6 +34,7 @@ __all__ = [
     "load_backbone",
     "load_weights",
     "name_classes",
+    "open_backbone",
     "open_checkpoint",
     "read_checkpoint",
     "read_tensors",

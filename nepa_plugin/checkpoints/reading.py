@@ -3,8 +3,9 @@
 Loading is all or nothing, and nothing is unpickled: safetensors, or ``torch.load(weights_only=True)``.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,8 @@ def load_backbone(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{source}: cannot build {arch!r} with {args}: {reason}") from error
     load_weights(model, stored.state, str(source))
+    if stored.images:
+        model.pretrained_cfg = {**model.pretrained_cfg, **stored.images}  # type: ignore[assignment,dict-item]
     if stored.class_names is not None and len(stored.class_names) == getattr(model, "num_classes", 0):
         name_classes(model, stored.class_names)
     if feature is not None:
@@ -138,6 +141,7 @@ class Stored:
         state: The weights under the model's names, on the CPU.
         names: Per weight of the model, its names in the file.
         class_names: Of a classifier, where the checkpoint has them.
+        images: Mean, standard deviation and crop of the images, where they are not those of the architecture's name.
     """
 
     arch: str
@@ -145,6 +149,7 @@ class Stored:
     state: dict[str, Tensor]
     names: dict[str, tuple[str, ...]]
     class_names: list[str] | None = None
+    images: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(source: str | Path, weights: Weights = "average") -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -178,8 +183,8 @@ def open_checkpoint(source: str | Path, weights: Weights = "average") -> Stored:
             raise CheckpointError(f"{source}: {error}") from None
         # Its blocks are counted under their own names only once their number is known.
         check_plausible(arch, args, state, str(source))
-        own, places = state_from_nepa(state, depth=args["depth"], gated=args["swiglu_mlp"])
-        return Stored(arch, args, own, places, names)
+        own, origins = state_from_nepa(state, depth=args["depth"], gated=args["swiglu_mlp"])
+        return Stored(arch, args, own, origins, names)
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise CheckpointError(f"{source}: `model_args` of its config must be a mapping, not {args!r}.")
@@ -192,7 +197,20 @@ def open_checkpoint(source: str | Path, weights: Weights = "average") -> Stored:
     if arch.startswith("nepa_vit_"):
         # ViT-L's name did not stand for QK-norm with a weight at first
         args["qk_norm_affine"] = "blocks.0.attn.q_norm.weight" in state
-    return Stored(arch, args, state, {key: (prefix + key,) for key in state}, _label_names(config, str(source)))
+    places: dict[str, tuple[str, ...]] = {key: (prefix + key,) for key in state}
+    return Stored(arch, args, state, places, _label_names(config, str(source)), _images(config, str(source)))
+
+
+def _images(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return what a timm config says of its images: weights of one architecture were trained with several."""
+    inner = config.get("pretrained_cfg")
+    found = {key: inner[key] for key in ("mean", "std", "crop_pct") if key in inner} if isinstance(inner, dict) else {}
+    for key, value in found.items():
+        numbers = value if key != "crop_pct" and isinstance(value, list) else [value]
+        right = all(isinstance(x, (int, float)) and math.isfinite(x) and x >= 0 for x in numbers)
+        if not right or (key != "crop_pct") != isinstance(value, list) or (key != "mean" and 0 in numbers):
+            raise CheckpointError(f"{source}: {key} = {value!r} in its config describes no images.")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
 
 
 def _label_names(config: dict[str, Any], source: str) -> list[str] | None:

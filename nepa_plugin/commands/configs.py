@@ -10,7 +10,7 @@ import sys
 from nepa_plugin.commands.naming import command_parser
 from nepa_plugin.runtime.shipped import FOLDERS, ShippedConfigError, configs, named, summary
 
-USED_BY = dict(zip(FOLDERS, ("nepa pretrain, nepa compare", "mim train mmsegmentation"), strict=True))
+USED_BY = dict(zip(FOLDERS, ("nepa pretrain, nepa compare", "nepa finetune", "mim train mmsegmentation"), strict=True))
 
 
 def main(args: list[str] | None = None) -> None:

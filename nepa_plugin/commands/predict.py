@@ -15,8 +15,8 @@ from rich.table import Table
 
 from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.data.files import MAX_PIXELS
-from nepa_plugin.evaluation.images import ImageFormat
 from nepa_plugin.evaluation.prediction import (
     Prediction,
     image_files,

@@ -173,7 +173,8 @@ def _check_images(run: Run, data: str, what: Comparison) -> None:
 
 def _problem(arguments: list[str]) -> str | None:
     """Return what is wrong with the arguments of a pretraining run, if anything is: names, types and ranges."""
-    from nepa_plugin.training.cli import RANGES, base_config, main
+    from nepa_plugin.training.cli import base_config, main
+    from nepa_plugin.training.command import RANGES
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

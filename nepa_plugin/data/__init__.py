@@ -11,7 +11,14 @@ _WHERE = {
     "cache": ("cache_dir",),
     "errors": ("DataError",),
     "digits": ("TRAINING_DIGITS", "digit_images", "digits_folder"),
-    "evaluation": ("evaluation_crop", "evaluation_folders", "evaluation_images", "evaluation_loaders", "image_size"),
+    "evaluation": (
+        "ImageFormat",
+        "evaluation_crop",
+        "evaluation_folders",
+        "evaluation_images",
+        "evaluation_loaders",
+        "image_size",
+    ),
     "files": (
         "IMAGE_EXTENSIONS",
         "MAX_PIXELS",
@@ -24,13 +31,7 @@ _WHERE = {
         "image_folder",
     ),
     "module": ("ImageData",),
-    "samples": (
-        "EpochBatchSampler",
-        "ResumableLoader",
-        "SeededDataset",
-        "loader_workers",
-        "trained_batches",
-    ),
+    "samples": ("EpochBatchSampler", "ResumableLoader", "SeededDataset", "loader_workers"),
     "transforms": ("NEPATransform", "eval_transform"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}

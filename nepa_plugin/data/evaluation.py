@@ -1,5 +1,7 @@
 """Labelled images to score a backbone on, prepared in the backbone's own size and normalisation."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from nepa_plugin.data.digits import digits_folder
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import MAX_PIXELS, class_names, image_folder
 from nepa_plugin.data.samples import SeededDataset
-from nepa_plugin.data.transforms import eval_transform
+from nepa_plugin.data.transforms import CropMode, NEPATransform, eval_transform
 
 
 def evaluation_folders(source: str | Path) -> tuple[Path, Path]:
@@ -61,6 +63,31 @@ def evaluation_crop(model: Any, crop_pct: float | None = None) -> float:
     if crop_pct is not None:
         return crop_pct
     return 1.0 if max(image_size(model)) <= 64 else float(model.pretrained_cfg["crop_pct"])
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """How a model takes images: size in pixels, normalisation, centre crop over resized side, and how it is resized."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    crop_mode: CropMode = "center"
+
+    @classmethod
+    def of(cls, model: Any, crop_pct: float | None = None, crop_mode: CropMode = "center") -> "ImageFormat":
+        """Return a timm model's format; ``crop_pct`` overrides its own, which is 1 up to 64 pixels."""
+        config, crop = model.pretrained_cfg, evaluation_crop(model, crop_pct)
+        return cls(image_size(model), tuple(config["mean"]), tuple(config["std"]), crop, crop_mode)
+
+    def evaluation(self) -> Callable[..., Any]:
+        """Return the transform without augmentation."""
+        return eval_transform(self.size, self.crop_pct, self.mean, self.std, self.crop_mode)
+
+    def random_crop(self, scale: Sequence[float], hflip: float) -> Callable[..., Any]:
+        """Return the linear probe's augmentation, which is NEPA's too: random resized crop and flip."""
+        return NEPATransform(self.size, tuple(scale), hflip, self.mean, self.std).transform  # type: ignore[arg-type]
 
 
 def evaluation_loaders(

@@ -29,10 +29,10 @@ from nepa_plugin.data.samples import (
     ResumableLoader,
     SeededDataset,
     loader_workers,
-    trained_batches,
 )
 from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
 from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, check_ranges
+from nepa_plugin.runtime.step_seed import trained_batches
 
 
 class ImageData(LightningDataModule):
@@ -108,6 +108,8 @@ class ImageData(LightningDataModule):
                 f"data.val_dir has other classes than data.{'train_shards' if train_shards else 'train_dir'}: "
                 f"{', '.join(odd)} only in one of them."
             )
+        #: Names of the classes; none where the folder has no labels.
+        self.classes: list[str] = list(classes)
         #: Number of classes; 0 where the folder has no labels.
         self.num_classes = len(classes) if len(classes) > 1 else 0
 
@@ -285,6 +287,12 @@ class ImageData(LightningDataModule):
         batch = [self._pipeline.finish(views, labels.device, filenames), labels, filenames, *masks]
         return self.trainer.precision_plugin.convert_input(batch)
 
+    def eval_transform(self) -> Callable[[Image.Image], Any]:
+        """Return the transform of the validation images, the method's."""
+        assert self.trainer is not None
+        transform: Callable[[Image.Image], Any] = self.trainer.lightning_module.eval_transform(self.crop_pct)
+        return transform
+
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return batches of (images, labels, filenames), as many for every process.
 
@@ -293,8 +301,7 @@ class ImageData(LightningDataModule):
         if self.val_images is None or self.num_classes == 0:
             return []
         assert self.trainer is not None
-        transform = self.trainer.lightning_module.eval_transform(self.crop_pct)
-        dataset = self._dataset(self.val_images, transform)
+        dataset = self._dataset(self.val_images, self.eval_transform())
         workers = self._workers()
         return DataLoader(
             EqualShares(dataset, self.trainer.global_rank, self.trainer.world_size),

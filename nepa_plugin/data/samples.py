@@ -214,8 +214,3 @@ def loader_workers(num_workers: int | None, processes: int) -> int:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if cores <= 2 else min(16, cores // max(1, processes))
-
-
-def trained_batches(trainer: Any) -> int:
-    """Return how many batches a run has been trained on, over all epochs and restarts."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)

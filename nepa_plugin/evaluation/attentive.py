@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation.features import FrozenFeatures, frozen
-from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
+from nepa_plugin.evaluation.images import Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import FiniteTraining, accuracies, score, scores
 from nepa_plugin.runtime.ranges import (
     Fraction,
     NonNegativeFloat,
@@ -24,6 +24,7 @@ from nepa_plugin.runtime.ranges import (
     Scale,
     check_ranges,
 )
+from nepa_plugin.runtime.scoring import FiniteTraining, accuracies, score, scores
 
 
 @dataclass

@@ -7,10 +7,11 @@ from pytorch_lightning import LightningModule
 from torch import nn
 
 from nepa_plugin.checkpoints import class_names
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation.features import frozen
-from nepa_plugin.evaluation.images import ImageFormat, Images, ordered_loader
+from nepa_plugin.evaluation.images import Images, ordered_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import accuracies, score, scores
+from nepa_plugin.runtime.scoring import accuracies, score, scores
 
 
 class _Classifier(LightningModule):

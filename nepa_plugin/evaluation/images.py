@@ -1,6 +1,6 @@
 """The labelled images of an evaluation, and loaders of them for one or several processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import torch
 from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
-from nepa_plugin.data.evaluation import evaluation_crop, evaluation_images, image_size
+from nepa_plugin.data.evaluation import evaluation_images
 from nepa_plugin.data.files import MAX_PIXELS, check_files
 from nepa_plugin.data.samples import (
     DataError,
@@ -17,10 +17,9 @@ from nepa_plugin.data.samples import (
     ResumableLoader,
     SeededDataset,
     loader_workers,
-    trained_batches,
 )
-from nepa_plugin.data.transforms import CropMode, NEPATransform, eval_transform
 from nepa_plugin.evaluation.processes import Runtime
+from nepa_plugin.runtime.step_seed import trained_batches
 
 Split = Literal["train", "val"]
 
@@ -44,31 +43,6 @@ class Images:
     def split(self, name: Split) -> LightlyDataset:
         """Return one of the two."""
         return self.train if name == "train" else self.val
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """How a model takes images: size in pixels, normalisation, centre crop over resized side, and how it is resized."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_pct: float
-    crop_mode: CropMode = "center"
-
-    @classmethod
-    def of(cls, model: Any, crop_pct: float | None = None, crop_mode: CropMode = "center") -> "ImageFormat":
-        """Return a timm model's format; ``crop_pct`` overrides its own, which is 1 up to 64 pixels."""
-        config, crop = model.pretrained_cfg, evaluation_crop(model, crop_pct)
-        return cls(image_size(model), tuple(config["mean"]), tuple(config["std"]), crop, crop_mode)
-
-    def evaluation(self) -> Callable[..., Any]:
-        """Return the transform without augmentation."""
-        return eval_transform(self.size, self.crop_pct, self.mean, self.std, self.crop_mode)
-
-    def random_crop(self, scale: Sequence[float], hflip: float) -> Callable[..., Any]:
-        """Return the linear probe's augmentation, which is NEPA's too: random resized crop and flip."""
-        return NEPATransform(self.size, tuple(scale), hflip, self.mean, self.std).transform  # type: ignore[arg-type]
 
 
 def open_images(source: str | Path, world_size: int = 1, max_pixels: int = MAX_PIXELS) -> Images:

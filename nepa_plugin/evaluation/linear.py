@@ -11,11 +11,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation.features import FrozenFeatures, frozen
-from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
+from nepa_plugin.evaluation.images import Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.knn import check_labels
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import FiniteTraining, accuracies, score, scores
 from nepa_plugin.runtime.ranges import (
     Fraction,
     FractionBelowOne,
@@ -27,6 +27,7 @@ from nepa_plugin.runtime.ranges import (
     Scale,
     check_ranges,
 )
+from nepa_plugin.runtime.scoring import FiniteTraining, accuracies, score, scores
 
 
 @dataclass

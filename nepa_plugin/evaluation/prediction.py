@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from nepa_plugin.checkpoints import Weights, class_names, load_backbone
 from nepa_plugin.data.errors import DataError
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.data.files import IMAGE_ERRORS, MAX_PIXELS, check_files, is_image_name, pixel_limit
 from nepa_plugin.data.samples import loader_workers
 from nepa_plugin.evaluation.features import autocast
-from nepa_plugin.evaluation.images import ImageFormat
 from nepa_plugin.runtime.files import whole_file
 
 

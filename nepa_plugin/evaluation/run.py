@@ -12,11 +12,11 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from nepa_plugin.checkpoints import save_backbone, untrained_like, weights_hash, write_best_feature
+from nepa_plugin.checkpoints import open_backbone, save_backbone, untrained_like, weights_hash, write_best_feature
 from nepa_plugin.data.errors import DataError
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.data.files import content_fingerprint
 from nepa_plugin.evaluation.attentive import TokenSet, attentive_probe, attentive_probe_tokens
-from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.cache import FeatureCache, files_hash, model_description
 from nepa_plugin.evaluation.features import (
     DepthFeatures,
@@ -32,7 +32,7 @@ from nepa_plugin.evaluation.features import (
 )
 from nepa_plugin.evaluation.finetune import finetune
 from nepa_plugin.evaluation.head import check_head, head_accuracy
-from nepa_plugin.evaluation.images import ImageFormat, Images, Split, open_images, ordered_loader
+from nepa_plugin.evaluation.images import Images, Split, open_images, ordered_loader
 from nepa_plugin.evaluation.knn import knn_accuracy
 from nepa_plugin.evaluation.linear import linear_probe, logistic_probe
 from nepa_plugin.evaluation.memory import Sizes, check_memory, memory_steps

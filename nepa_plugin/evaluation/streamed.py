@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.optim import SGD
 from torchmetrics import Metric
 
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation.features import (
     autocast,
     depth_names,
@@ -29,13 +30,13 @@ from nepa_plugin.evaluation.features import (
     pool_states,
     token_states,
 )
-from nepa_plugin.evaluation.images import ImageFormat, Images, batch_per_process, ordered_loader, shuffled_loader
+from nepa_plugin.evaluation.images import Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.knn import NearestNeighbours, check_labels, unit
 from nepa_plugin.evaluation.linear import LinearOptions
 from nepa_plugin.evaluation.options import EvaluationOptions
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.readout import ReadoutRow
-from nepa_plugin.evaluation.scoring import diverged
+from nepa_plugin.runtime.scoring import diverged
 
 Pair = tuple[str, str]  # depth and pooling
 

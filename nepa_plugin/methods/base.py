@@ -1,6 +1,5 @@
 """What every self-supervised method shares: backbone, online probe, steps, logging."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -8,7 +7,7 @@ import timm
 import torch
 from lightly.utils.benchmarking import OnlineLinearClassifier
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from nepa_plugin.checkpoints import (
     BACKBONE_CONFIG_KEY,
@@ -147,7 +146,6 @@ class Method(OptimizedModule):
                 num_classes=num_classes,
                 topk=(1, min(5, num_classes)),
             )
-        self._clock: tuple[float, int] | None = None
         self.prepare_backbone(loaded=init_from is not None)
 
     # -- what a method adds --------------------------------------------------------------------------------------------
@@ -180,31 +178,6 @@ class Method(OptimizedModule):
     def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
         """Return the augmentation: from a PIL image to a list of views (C, H, W)."""
         raise NotImplementedError
-
-    def compile_step(self, backend: str = "inductor") -> None:
-        """Compile the training step with ``torch.compile``: every transformer block, and the loss, each in place.
-
-        Blocks rather than the step as a whole: equal blocks share one compiled graph, so that compiling takes as long
-        for 32 of them as for one; the gradients of a block are ready, and sent to the other devices, while the blocks
-        before it are still in their backward pass; FSDP can shard between them; and what is random or only done when
-        logging stays outside. State dicts, checkpoints and copies are those of the uncompiled method. Validation is
-        not compiled.
-
-        Args:
-            backend: Backend of ``torch.compile``.
-        """
-        blocks = [
-            block
-            for name, modules in self.named_modules()
-            if name.endswith("blocks") and isinstance(modules, nn.ModuleList | nn.Sequential)
-            for block in modules
-        ]
-        for module in [*blocks, *(m for name, m in self.named_children() if name == "criterion")]:
-            module.compile(backend=backend)
-        # Blocks with stochastic depth differ by its rate, which is a constant in their graphs; each may have a training
-        # graph and be asked for one more shape.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
 
     # -- features ------------------------------------------------------------------------------------------------------
 
@@ -246,22 +219,11 @@ class Method(OptimizedModule):
         views, targets = batch[0], batch[1]
         views = [views] if isinstance(views, Tensor) else views
         loss, features = self.step(views, *batch[3:])
-        bad = ~loss.detach().isfinite()
-        self._nonfinite_loss = bad if self._nonfinite_loss is None else self._nonfinite_loss | bad
-        self.log("train_loss", self._mean_over_devices(loss))  # prog_bar would wait for the device in every step
-        self.log(
-            "epoch_loss",
-            loss.detach(),
-            on_step=False,
-            on_epoch=True,
-            sync_dist=True,
-            batch_size=len(targets),
-            logger=False,
-        )
+        self.note_loss(loss, len(targets))
         if self.online_classifier is None:
             return loss
         probe_loss, logs = self.online_classifier.training_step((features.detach(), targets), batch_idx)
-        self.log_dict({name: self._mean_over_devices(value) for name, value in logs.items()})
+        self.log_dict({name: self.mean_over_devices(value) for name, value in logs.items()})
         return loss + probe_loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor, list[str]], batch_idx: int) -> Tensor | None:
@@ -282,36 +244,7 @@ class Method(OptimizedModule):
         self.log_dict(logs, prog_bar=True, sync_dist=True, batch_size=weight)
         return loss
 
-    # -- logging -------------------------------------------------------------------------------------------------------
-
-    def _mean_over_devices(self, value: Tensor) -> Tensor:
-        """Return the mean over devices where it is written, and this device's value between.
-
-        ``self.log(sync_dist=True)`` would wait for all devices, with a barrier, in every step and for every value.
-        """
-        if self._trainer is None or self.trainer.world_size == 1 or not self.is_logging_step:
-            return value.detach()
-        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean")  # type: ignore[return-value]
-
-    def on_train_start(self) -> None:
-        """Start the clock of ``images_per_second``."""
-        self._clock = None
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log images per second since the last logged step, over all devices."""
-        trainer = self.trainer
-        if trainer.global_step == 0 or trainer.global_step % self._log_every:
-            return
-        now = time.perf_counter()
-        if self._clock is not None and trainer.global_step > self._clock[1]:
-            images = (trainer.global_step - self._clock[1]) * self.global_batch_size
-            self.log("images_per_second", images / (now - self._clock[0]))
-        if self._clock is None or trainer.global_step > self._clock[1]:
-            self._clock = now, trainer.global_step
-
-    def on_validation_end(self) -> None:
-        """Leave the time of a validation out of ``images_per_second``."""
-        self._clock = None
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store how to rebuild the backbone, so that ``load_backbone`` reads the checkpoint without this class."""

@@ -1,89 +1,40 @@
-"""How a method is optimized: parameter groups, schedule, clipping, moving average, sharding."""
+"""How a method is optimized: parameter groups, clipping, moving average, sharding, compilation."""
 
-import math
 from typing import Any
 
 import torch
 from lightly.utils.optim import update_param_groups
-from lightly.utils.scheduler import CosineWarmupScheduler, cosine_schedule
-from pytorch_lightning import LightningModule
+from lightly.utils.scheduler import cosine_schedule
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from nepa_plugin.methods.logged import LoggedModule
+from nepa_plugin.methods.schedules import Schedule
 from nepa_plugin.runtime.averaging import FusedEMA
 from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensor, local_tensor
 
 
 class DivergenceError(RuntimeError):
-    """Training has left the finite numbers; the message says when and what to do."""
-
-
-class Schedule(CosineWarmupScheduler):
-    """lightly's schedule, of which a checkpoint restores the position only.
-
-    Length, peak and warm-up are those of the run as it is asked for now, and so are the options of the parameter groups
-    (betas, weight decay), for which torch would take the checkpoint's. With the same options a run goes on exactly.
+    """Training has left the finite numbers; the message says when and what to do.
 
     Args:
-        optimizer: The optimizer; its groups hold the options in force.
-        warmup_steps: Linear warm-up.
-        steps: Optimizer steps of the run.
-        end_value: Learning rate at the end over the largest one.
+        found: What is not finite, and when.
+        advice: What to do.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup_steps: int, steps: int, end_value: float) -> None:
-        super().__init__(optimizer, warmup_epochs=warmup_steps, max_epochs=steps, end_value=end_value)
-        self._options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-    def scale_lr(self, epoch: int) -> float:
-        """Return the factor of the largest learning rate at a step; after the end, that of the end."""
-        return super().scale_lr(min(epoch, self.max_epochs))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what schedule it is one in."""
-        state: dict[str, Any] = super().state_dict()
-        del state["_options"]
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the position, and say what is different from now on."""
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
-        self._last_lr = [base * self.scale_lr(self.last_epoch) for base in self.base_lrs]
-        for group, options, lr in zip(self.optimizer.param_groups, self._options, self._last_lr, strict=True):
-            group.update(options, lr=lr)
-        before, now = (self._numbers(state) for state in (state_dict, self.__dict__))
-        changed = [
-            f"{name} {value:.4g} instead of {before[name]:.4g}"
-            for name, value in now.items()
-            if not math.isclose(value, before[name], rel_tol=1e-9)
-        ]
-        if changed:
-            rank_zero_warn(
-                f"Resumed after step {self.last_epoch} with {', '.join(changed)}. The steps so far were trained with "
-                f"the old schedule; the learning rate goes on with {self._last_lr[0]:.4g}, where the old one had "
-                f"{state_dict['_last_lr'][0]:.4g}."
-            )
-
-    @staticmethod
-    def _numbers(state: dict[str, Any]) -> dict[str, float]:
-        peak = state["base_lrs"][0]
-        return {
-            "steps": state["max_epochs"],
-            "warm-up steps": state["warmup_epochs"],
-            "learning rate": peak,
-            "last learning rate": peak * state["end_value"],
-        }
+    def __init__(self, found: str, advice: str) -> None:
+        self.found = found
+        super().__init__(f"Training has diverged: {found}. {advice}")
 
 
-class OptimizedModule(LightningModule):
+class OptimizedModule(LoggedModule):
     """AdamW with two weight-decay groups, linear warm-up and cosine, clipping by norm, and a moving average.
 
     The numbers are attributes that :class:`~nepa_plugin.methods.base.Method` sets from its arguments of the same names.
     """
 
-    batch_size_per_device: int
     base_lr: float
     min_lr: float
     weight_decay: float
@@ -94,6 +45,8 @@ class OptimizedModule(LightningModule):
     clip_grad_norm: float
     ema_decay: float | None
     nonfinite_steps: int
+    #: What the option is called that scales the learning rate.
+    rate = "base_lr"
     #: The probe, which has a learning rate but no weight decay, and no part in clipping.
     online_classifier: Any
     #: Whether a loss since the last step was not finite, and how many steps were not: on the device, read with the log.
@@ -101,15 +54,35 @@ class OptimizedModule(LightningModule):
     _nonfinite: Tensor | None = None
     _checked_step = 0
 
-    @property
-    def global_batch_size(self) -> int:
-        """Images per optimizer step: per device x devices x accumulated batches."""
-        return self.batch_size_per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
-
     def configure_model(self) -> None:
         """Shard the weights where the trainer's strategy asks for it."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self)
+
+    def compile_step(self, backend: str = "inductor") -> None:
+        """Compile the training step with ``torch.compile``: every transformer block, and the loss, each in place.
+
+        Blocks rather than the step as a whole: equal blocks share one compiled graph, so that compiling takes as long
+        for 32 of them as for one; the gradients of a block are ready, and sent to the other devices, while the blocks
+        before it are still in their backward pass; FSDP can shard between them; and what is random or only done when
+        logging stays outside. State dicts, checkpoints and copies are those of the uncompiled method. Validation is
+        not compiled.
+
+        Args:
+            backend: Backend of ``torch.compile``.
+        """
+        blocks = [
+            block
+            for name, modules in self.named_modules()
+            if name.endswith("blocks") and isinstance(modules, nn.ModuleList | nn.Sequential)
+            for block in modules
+        ]
+        for module in [*blocks, *(m for name, m in self.named_children() if name == "criterion")]:
+            module.compile(backend=backend)
+        # Blocks with stochastic depth differ by its rate, which is a constant in their graphs; each may have a training
+        # graph and be asked for one more shape.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
 
     def configure_callbacks(self) -> list[Callback]:
         """Attach the moving average, also where a user builds the trainer."""
@@ -203,8 +176,18 @@ class OptimizedModule(LightningModule):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit or float("inf"), norm)
         self.log("grad_norm", norm)
         if self.is_logging_step:
-            self.log("lr", optimizer.param_groups[0]["lr"])
+            self.log_dict(self.rates(optimizer))
             self.check_finite()
+
+    def rates(self, optimizer: Optimizer) -> dict[str, float]:
+        """Return the learning rates to log, of the step that follows."""
+        return {"lr": optimizer.param_groups[0]["lr"]}
+
+    def note_loss(self, loss: Tensor, images: int) -> None:
+        """Log the loss of a batch of so many images, and remember whether it is finite, without looking."""
+        bad = ~loss.detach().isfinite()
+        self._nonfinite_loss = bad if self._nonfinite_loss is None else self._nonfinite_loss | bad
+        self.log_loss(loss, images)
 
     def _count_nonfinite(self, norm: Tensor) -> bool:
         """Count the step if its loss or gradient is not finite; return whether such a gradient was set to zero."""
@@ -243,18 +226,9 @@ class OptimizedModule(LightningModule):
         if steps > self.nonfinite_steps or broken_weights:
             found = f"{steps} step(s) had a loss or gradient that is not finite" if steps else "a weight is not finite"
             raise DivergenceError(
-                f"Training has diverged: {found}, after step {self._checked_step} and no later than step {step}. The "
-                f"checkpoint before that is kept. Lower base_lr (now {self.base_lr:g}), warm up longer, or clip harder "
-                f"(clip_grad_norm, now {self.clip_grad_norm:g}), and go on from it with --ckpt_path last. Single bad "
-                "batches are passed over with nonfinite_steps."
+                f"{found}, after step {self._checked_step} and no later than step {step}",
+                f"The checkpoint before that is kept. Lower {self.rate} (now {getattr(self, self.rate):g}), warm up "
+                f"longer, or clip harder (clip_grad_norm, now {self.clip_grad_norm:g}), and go on from it with "
+                "--ckpt_path last. Single bad batches are passed over with nonfinite_steps.",
             )
         self._checked_step = step
-
-    @property
-    def is_logging_step(self) -> bool:
-        """Whether this step's values are written; anything costly to compute is computed only then."""
-        return self._trainer is not None and (self.trainer.global_step + 1) % self._log_every == 0
-
-    @property
-    def _log_every(self) -> int:
-        return int(getattr(self.trainer, "log_every_n_steps", 50))

@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-FOLDERS = ("lightly_configs", "mmseg_configs")
+FOLDERS = ("lightly_configs", "lightly_configs/finetune", "mmseg_configs")
 
 
 class ShippedConfigError(ValueError):

@@ -1,4 +1,4 @@
-"""What a run needs around Lightning: exact resume, the last checkpoint, its clock, a line per epoch."""
+"""What a run needs around Lightning: the last checkpoint, its clock, a line per epoch."""
 
 import resource
 import sys
@@ -14,41 +14,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.checkpoints import write_tensors
-from nepa_plugin.data.samples import trained_batches
 from nepa_plugin.methods.optimization import OptimizedModule
-from nepa_plugin.predictor import ResidentRope
-
-
-class StepSeed(Callback):
-    """Make the random numbers of every training batch a function of the seed, the batch's number and the process.
-
-    Masks, dropout and stochastic depth are then the same in a resumed run as in one that was never stopped, and no two
-    processes draw the same for their images. RoPE's rescaling, one factor for all images of a step, is the same in
-    every process.
-
-    Args:
-        seed: Seed of the run.
-    """
-
-    #: Between the seeds of two processes: odd and large, since the CPU's generator reads no more than 32 bits of them.
-    STRIDE = 2_654_435_761
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed the generators."""
-        batches, rank = self.place(trainer)
-        seed = self.seed * 1_000_003 + batches
-        torch.manual_seed((seed + self.STRIDE * rank) % 2**63)
-        for module in pl_module.modules():
-            if isinstance(module, ResidentRope):
-                module.seed_factors(seed % 2**63)
-
-    @staticmethod
-    def place(trainer: Trainer) -> tuple[int, int]:
-        """Return the batch's number in the run, and the process."""
-        return trained_batches(trainer), trainer.global_rank
 
 
 class LoggedBar(RichProgressBar):
@@ -197,8 +163,8 @@ class EpochLines(Callback):
     """Print a line per epoch, where the output is no terminal and a progress bar would fill the log.
 
     Every number is the epoch's own: the mean loss over its steps and all devices, the images per second of its
-    training, and the accuracy of the online probe only if it was validated. After a resume within an epoch they are
-    those of the rest of it.
+    training, and the accuracy (a fraction; in pretraining the online probe's) only if it was validated. After a resume
+    within an epoch they are those of the rest of it.
 
     Args:
         clock: Measures the run.
@@ -223,8 +189,9 @@ class EpochLines(Callback):
         if not trainer.is_global_zero:
             return
         values = [f"loss {float(metrics['epoch_loss']):.4g}"]
-        if self._validated and "val_online_cls_top1" in metrics:
-            values.append(f"val top-1 {float(metrics['val_online_cls_top1']):.4g}")
+        scored = [name for name in ("val_online_cls_top1", "val_top1") if name in metrics]
+        if self._validated and scored:
+            values.append(f"val top-1 {float(metrics[scored[0]]):.4g}")
         now = self.clock.state_dict()
         seconds = now["seconds"] - self._start["seconds"]
         if seconds > 0:

@@ -17,7 +17,7 @@ class ConfigFileError(ValueError):
     """A config file cannot be used; the message names it and says what to do."""
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, folder: str = "lightly_configs") -> dict[str, Any]:
     """Return a config with everything that it builds on.
 
     The file named by ``base`` (relative to the file that names it, or a shipped config by its name) is read first;
@@ -25,6 +25,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Args:
         path: YAML file, or the name of a shipped config.
+        folder: Where shipped configs of the name are looked for.
 
     Returns:
         The merged mapping, without ``base``.
@@ -33,12 +34,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ConfigFileError: If a file is missing, is no YAML mapping, gives a key twice, or names itself as its base.
     """
     try:
-        return _read(find(path, "lightly_configs"), ())
+        return _read(find(path, folder), (), folder)
     except ShippedConfigError as error:
         raise ConfigFileError(str(error)) from error
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...], folder: str) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigFileError(f"{path} builds on itself: change the key `base` in {above[-1]}.")
     try:
@@ -54,15 +55,15 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return config
     if not isinstance(base, str):
         raise ConfigFileError(f"{path}: `base` must be the path of one file, got {base!r}.")
-    return merge(_read(_base_of(path, base), (*above, path.resolve())), config)
+    return merge(_read(_base_of(path, base, folder), (*above, path.resolve()), folder), config)
 
 
-def _base_of(path: Path, base: str) -> Path:
+def _base_of(path: Path, base: str, folder: str) -> Path:
     beside = path.parent / base
     if beside.is_file():
         return beside
     try:
-        return named(base, "lightly_configs")
+        return named(base, folder)
     except ShippedConfigError as error:
         raise ConfigFileError(f"No config file at {beside}, which {path} names as its `base`.") from error
 
@@ -77,8 +78,13 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def merged_configs(args: list[str]) -> Iterator[list[str]]:
-    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too."""
+def merged_configs(args: list[str], shipped: str = "lightly_configs") -> Iterator[list[str]]:
+    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too.
+
+    Args:
+        args: A command line.
+        shipped: Where shipped configs of a name are looked for.
+    """
     with tempfile.TemporaryDirectory(prefix="nepa-config-") as folder:
         expanded: list[str] = []
         for i, arg in enumerate(args):
@@ -89,7 +95,7 @@ def merged_configs(args: list[str]) -> Iterator[list[str]]:
             if given is None:
                 expanded.append(arg)
                 continue
-            content = yaml.safe_dump(read_config(given), sort_keys=False)
+            content = yaml.safe_dump(read_config(given, shipped), sort_keys=False)
             merged = Path(folder) / str(i) / Path(given).name
             merged.parent.mkdir()
             merged.write_text(content)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 PANELS = (
     ("loss", ("train_loss",)),
+    ("accuracy, top-1", ("val_top1",)),
     ("online probe, top-1", ("train_online_cls_top1", "val_online_cls_top1")),
     ("embeddings: mean cosine of random pairs", ("embedding_cosine",)),
     ("embeddings: effective rank", ("embedding_effective_rank",)),

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the backbone, the curves, and a summary."""
+"""What a finished run leaves behind: the backbone or classifier, the curves, and a summary."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +8,9 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.checkpoints import backbone_config, load_backbone, save_backbone
+from nepa_plugin.finetuning import Scores
 from nepa_plugin.methods.cost import TrainingCost
+from nepa_plugin.runtime.averaging import FusedEMA
 from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.training.callbacks import RunClock
@@ -49,24 +51,73 @@ def run_summary(trainer: Trainer, name: str, clock: RunClock, cost: TrainingCost
         A mapping that JSON can hold.
     """
     method: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     return {
         "method": name,
+        **_of_any_run(trainer, clock, seed),
+        "backbone": backbone_config(method.backbone),
+        "backbone_class": type(method.backbone).__name__,
+        "attention": method.attention,
+        "exported": "moving average" if method.averaged else method.exported,
+        **asdict(cost),
+        **provenance(),
+    }
+
+
+def _of_any_run(trainer: Trainer, clock: RunClock, seed: int | None) -> dict[str, Any]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return {
         "seed": seed,
         **data.training_data(),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "global_batch_size": method.global_batch_size,
+        "global_batch_size": trainer.lightning_module.global_batch_size,
         "images_seen": clock.images,
         "seconds": clock.seconds,
         "images_per_second": clock.images / clock.seconds if clock.seconds else None,
         "peak_memory_bytes": clock.peak_bytes,
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "precision": str(trainer.precision),
-        "backbone": backbone_config(method.backbone),
-        "backbone_class": type(method.backbone).__name__,
-        "attention": method.attention,
-        "exported": "moving average" if method.averaged else method.exported,
-        **asdict(cost),
+    }
+
+
+def write_classifier(run_dir: Path, scores: Scores, summary: dict[str, Any]) -> None:
+    """Export the classifier of a fine-tuning, draw its curves and write its summary.
+
+    Args:
+        run_dir: The run folder.
+        scores: What its validations found; with ``keep_best``, the best network is exported.
+        summary: What :func:`finetuning_summary` returns.
+    """
+    last, folder = run_dir / "checkpoints" / "last.ckpt", run_dir / "finetuned"
+    if not last.is_file():  # fast_dev_run, or no step taken
+        return
+    network = load_backbone(last)  # of the checkpoint, where the averaged weights are under a fixed name
+    if scores.keep_best and scores.best_state:
+        network.load_state_dict(scores.best_state)
+    save_backbone(network, folder, overwrite=True)
+    if (run_dir / "metrics.csv").is_file():
+        plot_training(run_dir / "metrics.csv", run_dir / "loss.png")
+    write_json(run_dir / "summary.json", summary)
+    found = f"top-1 {summary['top1']:.2f} %" if "top1" in summary else "no validation images, no score"
+    if "best_epoch" in summary:
+        found += (
+            f" in epoch {summary['best_epoch']} of {summary['epochs']}, the best; {summary['last_top1']:.2f} % last"
+        )
+    rank_zero_info(f"Classifier: {folder} ({found})   numbers: {run_dir / 'summary.json'}, {run_dir / 'metrics.csv'}")
+
+
+def finetuning_summary(trainer: Trainer, scores: Scores, clock: RunClock, seed: int | None) -> dict[str, Any]:
+    """Return what a fine-tuning reached, in per cent, and what it takes to repeat it, as :func:`run_summary`."""
+    module: Any = trainer.lightning_module
+    averages = [c for c in trainer.callbacks if isinstance(c, FusedEMA)]  # type: ignore[attr-defined]
+    return {
+        "method": "fine-tuning",
+        **scores.final(),
+        "ema_decay": averages[0].decay if averages else 0.0,
+        "init_from": module.hparams.get("init_from"),
+        **_of_any_run(trainer, clock, seed),
+        "recipe": asdict(module.recipe),
+        "network": backbone_config(module.network),
+        "attention": str(getattr(module.network, "attention", "bidirectional")),
         **provenance(),
     }

@@ -12,16 +12,28 @@ from nepa_plugin import methods
 from nepa_plugin.methods import Method
 
 
-class PretrainParser(LightningArgumentParser):
+class RunParser(LightningArgumentParser):
     """A parser whose errors are one line, with the nearest valid key where a key is unknown."""
+
+    #: The group of the model's options.
+    group = "model"
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print the message, with a suggestion, and exit with status 2."""
-        sys.stderr.write(f"error: {explain(message, self._known_keys)}\n")
+        sys.stderr.write(f"error: {explain(message, self._known_keys, self.group)}\n")
         sys.exit(2)
 
     def _known_keys(self) -> list[str]:
-        keys = {a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")}
+        return sorted({a.dest for a in self._actions if a.dest not in ("help", "==SUPPRESS==")})
+
+
+class PretrainParser(RunParser):
+    """The same where the model is one of several methods."""
+
+    group = "model.init_args"
+
+    def _known_keys(self) -> list[str]:
+        keys = set(super()._known_keys())
         for cls in [Method, *_subclasses(Method)]:
             sub = LightningArgumentParser(add_help=False)
             sub.add_class_arguments(cls, "model.init_args", fail_untyped=False)
@@ -38,12 +50,13 @@ def _is_ours(cls: type) -> bool:
     return hasattr(methods, cls.__name__) and not cls.__name__.endswith("Method")
 
 
-def explain(message: str, known_keys: Callable[[], list[str]]) -> str:
+def explain(message: str, known_keys: Callable[[], list[str]], group: str = "model.init_args") -> str:
     """Shorten jsonargparse's message to what the user can act on.
 
     Args:
         message: The parser's message.
         known_keys: Returns every valid dotted key; asked if one is unknown, as it takes a second.
+        group: The group of the model's options.
 
     Returns:
         One line; for an unknown key it names the nearest valid one.
@@ -59,13 +72,13 @@ def explain(message: str, known_keys: Callable[[], list[str]]) -> str:
     if not unknown:
         return plain(text)
     key = unknown.group(1)
-    group = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
-    if group:
-        key = f"{group.group(1)}.{key}"
+    named = re.search(r"[Gg]roup ['\"]([\w.]+)['\"]", text)
+    if named:
+        key = f"{named.group(1)}.{key}"
     elif "." not in key:  # jsonargparse names options of the method without their group
-        key = f"model.init_args.{key}"
-    elif key.startswith("model.") and not key.startswith("model.init_args."):
-        key = "model.init_args." + key.removeprefix("model.")
+        key = f"{group}.{key}"
+    elif key.startswith("model.") and not key.startswith(f"{group}."):
+        key = f"{group}.{key.removeprefix('model.')}"
     known = known_keys()
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not close:  # the right option under the wrong group

@@ -129,7 +129,7 @@ class RunFolder:
 
     def prepare(self) -> None:
         """Remove what a kill left half-written, and put a run aside that ended before its first checkpoint."""
-        for folder in (self.path, self.checkpoints, self.path / "backbone"):
+        for folder in (self.path, self.checkpoints, self.path / "backbone", self.path / "finetuned"):
             remove_parts(folder, everything=True)
         if not self._failed():
             return
@@ -157,7 +157,7 @@ def check_resumable(path: Path, method: LightningModule) -> None:
     if not isinstance(checkpoint, dict) or (absent := [part for part in parts if part not in checkpoint]):
         what = f"it has no {listing(absent)}" if isinstance(checkpoint, dict) else "it is no mapping"
         raise CheckpointError(
-            f"{path} is no checkpoint of a pretraining run: {what}. To start from its backbone, give it as "
+            f"{path} is no checkpoint of a training run: {what}. To start from its backbone, give it as "
             "--model.init_from instead of --ckpt_path."
         )
     state = checkpoint.get("current_model_state") or checkpoint["state_dict"]

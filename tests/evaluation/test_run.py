@@ -13,7 +13,9 @@ import torch
 
 import nepa_plugin
 from nepa_plugin.checkpoints import class_names, weights_hash
+from nepa_plugin.checkpoints.backbones import open_backbone
 from nepa_plugin.data import digits_folder
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation import (
     AttentiveOptions,
     EvaluationOptions,
@@ -25,9 +27,8 @@ from nepa_plugin.evaluation import (
     tables,
     write_results,
 )
-from nepa_plugin.evaluation.backbones import open_backbone
 from nepa_plugin.evaluation.finetune import finetune
-from nepa_plugin.evaluation.images import ImageFormat, open_images, ordered_loader
+from nepa_plugin.evaluation.images import open_images, ordered_loader
 from nepa_plugin.evaluation.processes import launch
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nepa_plugin.data import digits_folder
+from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation import EvaluationOptions, LinearOptions, concat_depths, evaluate, extract_depth_features
-from nepa_plugin.evaluation.images import ImageFormat, open_images, ordered_loader
+from nepa_plugin.evaluation.images import open_images, ordered_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.evaluation.streamed import LR_FACTORS, DepthProbes, PooledDepths
 

@@ -9,8 +9,7 @@ from every_method import BATCH_NORM, METHODS, RANKS, SHORT, Runs, arguments, cur
 from recording import start
 
 import nepa_plugin
-from nepa_plugin.data import samples
-from nepa_plugin.training import callbacks
+from nepa_plugin.runtime import step_seed
 
 pytestmark = pytest.mark.slow
 STATISTICS = "running_mean", "running_var", "num_batches_tracked"
@@ -81,8 +80,8 @@ def test_two_processes_follow_one(name, whole, two_processes):
 def test_two_processes_are_two_halves_of_a_batch(name, two_processes, tmp_path, monkeypatch):
     """Where images are not compared over the batch: one process with the halves one after the other does the same."""
     # each half draws the masks that its process draws
-    place = staticmethod(lambda trainer: divmod(samples.trained_batches(trainer), 2))
-    monkeypatch.setattr(callbacks.StepSeed, "place", place)
+    place = staticmethod(lambda trainer: divmod(step_seed.trained_batches(trainer), 2))
+    monkeypatch.setattr(step_seed.StepSeed, "place", place)
     halves = ["--data.batch_size_per_device", "32", "--trainer.limit_train_batches", "6"]
     train(name, tmp_path / "one", *SHORT, *RANKS, *halves)
     runs = tmp_path / "one", two_processes / name

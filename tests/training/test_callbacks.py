@@ -8,8 +8,9 @@ from pretraining import curve, run
 from pytorch_lightning.callbacks import Callback
 
 from nepa_plugin import NepaViT
+from nepa_plugin.runtime.step_seed import StepSeed
 from nepa_plugin.training import callbacks
-from nepa_plugin.training.callbacks import LoggedBar, StepSeed
+from nepa_plugin.training.callbacks import LoggedBar
 
 SECONDS = [0.0]
 

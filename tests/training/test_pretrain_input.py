@@ -95,7 +95,7 @@ OPTIONS = [
     (["--ckpt_path", "images"], "--ckpt_path: no checkpoint at images."),
     (["--ckpt_path", "empty.ckpt"], "empty.ckpt cannot be read as tensors only: it is empty."),
     (["--ckpt_path", "text.ckpt"], "text.ckpt cannot be read as tensors only: it is cut off, damaged, or no file"),
-    (["--ckpt_path", "other.ckpt"], "other.ckpt is no checkpoint of a pretraining run."),
+    (["--ckpt_path", "other.ckpt"], "other.ckpt is no checkpoint of a training run."),
     (["--model.init_from", "nothing"], "No checkpoint at nothing: give a folder with config.json"),
     (["--model.init_from", "images"], "images/config.json is missing: a backbone folder holds"),
     (["--model.init_from", "other.ckpt"], "other.ckpt holds no 'state_dict'"),

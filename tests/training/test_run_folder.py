@@ -185,7 +185,7 @@ SIMSIAM = ["--model", "SimSiam", "--model.backbone_args.attention", "bidirection
 @pytest.mark.parametrize(
     ("edit", "options", "message"),
     [
-        (lambda c: c.pop("optimizer_states"), [], "is no checkpoint of a pretraining run: it has no optimizer_states"),
+        (lambda c: c.pop("optimizer_states"), [], "is no checkpoint of a training run: it has no optimizer_states"),
         (lambda c: c["optimizer_states"][0]["param_groups"].pop(), [], "holds an optimizer of"),
         (lambda c: c["current_model_state"].update(x=torch.zeros(1)), [], "unexpected: x"),
         (lambda c: c["current_model_state"]["backbone.cls_token"].fill_(float("nan")), [], "not finite in backbone"),

@@ -54,9 +54,11 @@ def accuracies(num_classes: int) -> nn.ModuleDict:
 
 
 def score(module: LightningModule, metrics: nn.ModuleDict, logits: Tensor, targets: Tensor) -> None:
-    """Count a batch of logits (B, C) and labels (B,), and log the accuracy of the epoch."""
+    """Count a batch of logits (B, C) and labels (B,), which may be empty, and log the accuracy of the epoch."""
     for name, metric in metrics.items():
-        if name == "nonfinite":
+        if not len(targets):
+            pass
+        elif name == "nonfinite":
             metric.update((~logits.isfinite().all(dim=1)).sum())  # type: ignore[operator]
         else:
             metric.update(logits, targets)  # type: ignore[operator]

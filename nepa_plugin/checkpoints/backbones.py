@@ -1,4 +1,4 @@
-"""Opens what is evaluated: a checkpoint, a named timm model, or a model that is in memory."""
+"""Opens what is fine-tuned or evaluated: a checkpoint, a named timm model, or a model that is in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,9 @@ import torch
 from timm.models import is_model_pretrained
 from torch import nn
 
-from nepa_plugin.checkpoints import CheckpointError, Weights, load_backbone, read_checkpoint, untrained_like
+from nepa_plugin.checkpoints.errors import CheckpointError
+from nepa_plugin.checkpoints.files import Weights
+from nepa_plugin.checkpoints.reading import load_backbone, read_checkpoint, untrained_like
 
 
 def open_backbone(
@@ -18,7 +20,7 @@ def open_backbone(
     seed: int = 0,
     weights: Weights = "average",
 ) -> nn.Module:
-    """Return the network that is to be evaluated.
+    """Return a network to fine-tune or evaluate.
 
     Args:
         source: Anything :func:`nepa_plugin.load_backbone` reads, a timm model name, or a model.

@@ -1,19 +1,28 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from nepa_plugin.evaluation import FinetuneOptions
-from nepa_plugin.evaluation.finetune import Finetune, classifier, layer_scale, lr_factor, parameter_groups
+from nepa_plugin.finetuning import ClassifierModule, Recipe, classifier
+from nepa_plugin.finetuning.optimization import layer_scale, lr_factor, parameter_groups
 
+CLASSES = list("abcde")
 SIZES = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
 def _model(name="nepa_vit_tiny_patch14_224"):
     torch.manual_seed(0)
     return timm.create_model(name, **SIZES)
+
+
+def _optimizers(module, steps, accumulated=1):
+    """The optimizer and schedule of a run of so many steps in one process."""
+    about = {"estimated_stepping_batches": steps, "world_size": 1, "accumulate_grad_batches": accumulated}
+    module._trainer = SimpleNamespace(**about, precision="32-true")
+    return module.configure_optimizers()
 
 
 def test_layer_scales_are_the_published_ones():
@@ -23,8 +32,8 @@ def test_layer_scales_are_the_published_ones():
 
 
 def test_groups_cover_every_trained_parameter_once():
-    options = FinetuneOptions(layer_decay=0.5, head_lr=0.03)
-    network = classifier(_model(), 5, options)
+    options = Recipe(layer_decay=0.5, head_lr=0.03)
+    network = classifier(_model(), CLASSES, options)
     groups = parameter_groups(network, 3, 0.1, options)
     grouped = [id(p) for group in groups for p in group["params"]]
     trained = [id(p) for p in network.parameters() if p.requires_grad]
@@ -49,10 +58,8 @@ def test_warm_up_then_cosine():
 
 
 def test_layer_warm_up_starts_the_last_block_first():
-    options = FinetuneOptions(layer_decay=0.5, warmup_fraction=0.4)
-    module = Finetune(classifier(_model(), 5, options), 5, 3, options, 256)
-    module.trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
-    (optimizer,), (schedule,) = module.configure_optimizers()
+    options = Recipe(layer_decay=0.5, warmup_fraction=0.4)
+    (optimizer,), (schedule,) = _optimizers(ClassifierModule(classifier(_model(), CLASSES, options), options, 256), 100)
     scheduler = schedule["scheduler"]
     for _ in range(10):
         optimizer.step()
@@ -67,7 +74,7 @@ def test_layer_warm_up_starts_the_last_block_first():
 def test_head_starts_at_zero_on_the_mean_of_the_patch_tokens(name):
     model = _model(name).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    network = classifier(model, 5, FinetuneOptions(drop_path_rate=0.2, attention=None)).eval()
+    network = classifier(model, CLASSES, Recipe(drop_path_rate=0.2, attention=None)).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(network(images), torch.zeros(2, 5))
@@ -81,24 +88,24 @@ def test_head_starts_at_zero_on_the_mean_of_the_patch_tokens(name):
 
 
 def test_attention_mode():
-    assert classifier(_model(), 5, FinetuneOptions(attention="bidirectional")).attention == "bidirectional"
-    assert classifier(_model(), 5, FinetuneOptions()).attention == "bidirectional"
-    assert classifier(_model(), 5, FinetuneOptions(attention="causal")).attention == "causal"
-    assert classifier(_model(), 5, FinetuneOptions(attention=None)).attention == "causal"
+    assert classifier(_model(), CLASSES, Recipe(attention="bidirectional")).attention == "bidirectional"
+    assert classifier(_model(), CLASSES, Recipe()).attention == "bidirectional"
+    assert classifier(_model(), CLASSES, Recipe(attention="causal")).attention == "causal"
+    assert classifier(_model(), CLASSES, Recipe(attention=None)).attention == "causal"
     with pytest.raises(ValueError, match="bidirectional attention only"):
-        classifier(_model("plain_vit_tiny_patch14_224"), 5, FinetuneOptions(attention="causal"))
+        classifier(_model("plain_vit_tiny_patch14_224"), CLASSES, Recipe(attention="causal"))
 
 
 def test_qk_norm_gains_a_weight_of_ones():
-    network = classifier(_model(), 5, FinetuneOptions())
+    network = classifier(_model(), CLASSES, Recipe())
     for block in network.blocks:
         assert torch.equal(block.attn.q_norm.weight, torch.ones(16)) and block.attn.q_norm.bias is None
         assert torch.equal(block.attn.k_norm.weight, torch.ones(16))
-    assert classifier(_model(), 5, FinetuneOptions(qk_norm_affine=False)).blocks[0].attn.q_norm.weight is None
+    assert classifier(_model(), CLASSES, Recipe(qk_norm_affine=False)).blocks[0].attn.q_norm.weight is None
     # a weight that is there already stays
     model = timm.create_model("nepa_vit_tiny_patch14_224", qk_norm_affine=True, **SIZES)
     nn.init.constant_(model.blocks[1].attn.k_norm.weight, 0.3)
-    assert torch.equal(classifier(model, 5, FinetuneOptions()).blocks[1].attn.k_norm.weight, torch.full((16,), 0.3))
+    assert torch.equal(classifier(model, CLASSES, Recipe()).blocks[1].attn.k_norm.weight, torch.full((16,), 0.3))
 
 
 # RECIPES of ViT-B and ViT-L: base lr per 256, layer decay, warm-up; batch 1024, 100 epochs, head lr 1e-3
@@ -122,15 +129,13 @@ def _published_rate(name, step, size):
 
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_every_group_follows_the_published_recipe_over_the_whole_schedule(size):
-    base, decay, warmup, depth = PUBLISHED[size]
-    options = FinetuneOptions(lr=base, layer_decay=decay, warmup_fraction=warmup)
+    base, decay, warmup, _ = PUBLISHED[size]
+    options = Recipe(lr=base, layer_decay=decay, warmup_fraction=warmup)
     name = f"nepa_vit_{size}_patch14_224"
     network = timm.create_model(name, num_classes=1000, qk_norm_affine=True, device="meta")
     network.patch_embed.requires_grad_(False)
-    module = Finetune(network, 1000, depth, options, 1024)
-    module.trainer = type("Trainer", (), {"estimated_stepping_batches": 100 * 1251})()
-    (optimizer,), (schedule,) = module.configure_optimizers()
-    assert (optimizer.defaults["betas"], options.batch_size, options.epochs) == ((0.9, 0.999), 1024, 100)
+    (optimizer,), (schedule,) = _optimizers(ClassifierModule(network, options, 256), 100 * 1251, accumulated=4)
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     grouped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(n for n, p in network.named_parameters() if not n.startswith("patch_embed."))

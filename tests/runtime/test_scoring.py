@@ -6,7 +6,7 @@ from nepa_plugin.evaluation import EvaluationOptions, LinearOptions
 from nepa_plugin.evaluation.attentive import AttentiveOptions, AttentivePool, AttentiveProbe
 from nepa_plugin.evaluation.linear import LinearProbe
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.scoring import EvaluationDivergenceError, FiniteTraining, scores
+from nepa_plugin.runtime.scoring import EvaluationDivergenceError, FiniteTraining, scores
 
 CPU = Runtime("cpu", 1, torch.device("cpu"))
 
