@@ -1,6 +1,7 @@
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -106,6 +107,20 @@ def small():
 
     torch.manual_seed(0)
     return NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+
+
+@pytest.fixture(scope="session")
+def three_digits(tmp_path_factory):
+    """61 training and 29 validation images of three classes: two processes do not share either evenly."""
+    from nepa_plugin.data import digits_folder
+
+    root = tmp_path_factory.mktemp("three")
+    for split, counts in (("train", (20, 20, 21)), ("val", (10, 10, 9))):
+        for label, count in zip("012", counts, strict=True):
+            (root / split / label).mkdir(parents=True)
+            for file in sorted((digits_folder() / split / label).iterdir())[:count]:
+                shutil.copy(file, root / split / label)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,14 @@ class Hangs(Callback):
                 time.sleep(600)
 
 
+class Stops(Callback):
+    """Ends a run in its sixth step as a power cut would."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 5:
+            raise KeyError("here")
+
+
 class NoWaits(Callback):
     """Makes every wait of the host for CUDA an error, between the ends of two optimizer steps of one epoch.
 

@@ -137,20 +137,22 @@ class ImageData(LightningDataModule):
             skipped += len(bad)
         return skipped
 
-    def check_batch(self, world_size: int) -> None:
-        """Check that there are enough images for one batch, and enough shards for every process that reads them.
+    def check_batch(self, world_size: int, accumulate: int = 1) -> None:
+        """Check that there are enough images for one step, and enough shards for every process that reads them.
 
         Args:
             world_size: Number of devices.
+            accumulate: Batches of each that make one optimizer step.
 
         Raises:
             DataError: If there are not.
         """
         used = len(self.train_shards or self._indices[id(self.train_images)])
-        if used < self.batch_size_per_device * world_size:
+        if used < self.batch_size_per_device * world_size * accumulate:
+            times = f", {accumulate} times" if accumulate > 1 else ""
             raise DataError(
-                f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s); "
-                "lower --data.batch_size_per_device (and --global_batch_size)."
+                f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s)"
+                f"{times}; lower --data.batch_size_per_device (and --global_batch_size)."
             )
         shards, readers = self.train_shards, world_size * max(1, self.num_workers or 0)
         if shards is not None and len(shards.urls) < readers:
@@ -174,7 +176,8 @@ class ImageData(LightningDataModule):
         """Learn which images are used; the record of rank zero's check makes this quick on the others."""
         if not self._indices:
             self.check_images()
-        self.check_batch(self.trainer.world_size if self.trainer else 1)
+        trainer = self.trainer
+        self.check_batch(*((trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)))
 
     def _workers(self) -> int:
         workers = loader_workers(self.num_workers, self.trainer.num_devices if self.trainer else 1)
@@ -219,6 +222,7 @@ class ImageData(LightningDataModule):
                 self.shuffle_buffer,
                 self.on_bad_image,
                 self.max_image_pixels,
+                self.trainer.accumulate_grad_batches,
             )
             return ShardLoader(shards, self._position, workers, self._pin_memory)
         images = self.train_images
@@ -232,6 +236,7 @@ class ImageData(LightningDataModule):
             rank,
             self.trainer.world_size,
             self._position,
+            self.trainer.accumulate_grad_batches,
         )
         return ResumableLoader(
             dataset,

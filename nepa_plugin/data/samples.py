@@ -149,7 +149,8 @@ class EpochBatchSampler:
 
     Batch s of rank r holds positions ``(s * world_size + r) * batch_size ...`` of the epoch's permutation, so that
     the union over ranks is the batch a single process of ``world_size`` times the size would see. The last
-    incomplete global batch of an epoch is dropped.
+    incomplete global batch of an epoch is dropped, accumulated batches included: every optimizer step has all its
+    images, and as many steps make an epoch with accumulation as without.
 
     Args:
         num_samples: Size of the dataset.
@@ -158,6 +159,7 @@ class EpochBatchSampler:
         rank: This process.
         world_size: Number of processes.
         position: Returns (epoch, batches of it already trained on); asked whenever iteration starts.
+        accumulate: Batches of each process that make one optimizer step.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class EpochBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         position: Callable[[int], tuple[int, int]] = lambda length: (0, 0),
+        accumulate: int = 1,
     ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -175,9 +178,10 @@ class EpochBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.position = position
+        self.accumulate = accumulate
 
     def __len__(self) -> int:
-        return self.num_samples // (self.batch_size * self.world_size)
+        return self.num_samples // (self.batch_size * self.world_size * self.accumulate) * self.accumulate
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, start = self.position(len(self))

@@ -182,6 +182,7 @@ class ShardDataset(IterableDataset[Any]):
         shuffle_buffer: Images to shuffle among, in each loader process; they are kept as files.
         on_bad_image: ``"error"``, or ``"skip"`` to take the next readable image instead.
         max_pixels: The most pixels that an image may have.
+        accumulate: Batches of each process that make one optimizer step.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class ShardDataset(IterableDataset[Any]):
         shuffle_buffer: int = 1000,
         on_bad_image: str = "error",
         max_pixels: int = MAX_PIXELS,
+        accumulate: int = 1,
     ) -> None:
         self.shards = shards
         self.pipeline = pipeline
@@ -206,7 +208,7 @@ class ShardDataset(IterableDataset[Any]):
         self.on_bad_image = on_bad_image
         self.max_pixels = max_pixels
         #: Batches of this process in an epoch.
-        self.batches = len(shards) // (batch_size * world_size)
+        self.batches = len(shards) // (batch_size * world_size * accumulate) * accumulate
         #: Epoch, and batches of it to leave out; in shared memory, where loader processes that stay alive see it.
         self.position: Tensor = torch.zeros(2, dtype=torch.int64).share_memory_()
 

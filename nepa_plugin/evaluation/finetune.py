@@ -67,7 +67,7 @@ def finetune(
     Raises:
         EvaluationDivergenceError: If a loss, a weight or a prediction is not finite.
     """
-    batch = batch_per_process(options.batch_size // options.accumulate, len(images.train), runtime.world_size)
+    batch = batch_per_process(options.batch_size, len(images.train), runtime.world_size) // options.accumulate
     batch = max(2, batch - batch % 2)  # Mixup pairs images
     with quiet(seed):
         network: Any = classifier(model, images.classes, options)

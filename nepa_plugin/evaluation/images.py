@@ -118,6 +118,7 @@ def shuffled_loader(
         runtime.rank,
         runtime.world_size,
         lambda length: divmod(trained_batches(trainer), max(1, length)),
+        trainer.accumulate_grad_batches,
     )
     workers = loader_workers(num_workers, runtime.world_size)
     return ResumableLoader(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from timm.data import create_transform
 
 from nepa_plugin.data.evaluation import ImageFormat
+from nepa_plugin.finetuning.augmentation import allow_black
 from nepa_plugin.runtime.ranges import (
     Fraction,
     FractionBelowOne,
@@ -106,7 +107,7 @@ class Recipe:
 
     def transform(self, form: ImageFormat) -> Any:
         """Return the training augmentation, timm's."""
-        return create_transform(
+        transform = create_transform(
             form.size,
             is_training=True,
             scale=(self.crop_scale[0], self.crop_scale[1]),
@@ -120,3 +121,4 @@ class Recipe:
             re_prob=self.random_erasing,
             re_mode="pixel",
         )
+        return allow_black(transform)

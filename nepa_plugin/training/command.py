@@ -217,7 +217,8 @@ class RunCLI(LightningCLI):
             skipped = self.datamodule.check_images()
             if skipped:
                 rank_zero_info(f"Skipped {skipped} file(s) that cannot be read as images.")
-            self.datamodule.check_batch(self.devices.count * self.trainer.num_nodes)
+            world_size = self.devices.count * self.trainer.num_nodes
+            self.datamodule.check_batch(world_size, self.trainer.accumulate_grad_batches)
             if self.resume_from is not None:
                 check_resumable(self.resume_from, self.model)
         self.check_model()

@@ -79,25 +79,30 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def merged_configs(args: list[str], shipped: str = "lightly_configs") -> Iterator[list[str]]:
-    """Replace each ``--config FILE`` by a file of the same name that holds what FILE builds on, too.
+    """Put each ``--config FILE`` first, as a file of the same name that holds what FILE builds on, too.
+
+    Configs come before the other options wherever they stand, so that an option that is typed is the one in force.
 
     Args:
         args: A command line.
         shipped: Where shipped configs of a name are looked for.
     """
     with tempfile.TemporaryDirectory(prefix="nepa-config-") as folder:
-        expanded: list[str] = []
-        for i, arg in enumerate(args):
-            option, _, value = arg.partition("=")
-            given = value if option in ("--config", "-c") and value else None
-            if i and args[i - 1] in ("--config", "-c"):
-                given = arg
+        configs: list[str] = []
+        others: list[str] = []
+        left = iter(args)
+        for arg in left:
+            option, equals, value = arg.partition("=")
+            if option not in ("--config", "-c"):
+                others.append(arg)
+                continue
+            given = value if equals else next(left, None)
             if given is None:
-                expanded.append(arg)
+                others.append(arg)  # the parser says what is missing
                 continue
             content = yaml.safe_dump(read_config(given, shipped), sort_keys=False)
-            merged = Path(folder) / str(i) / Path(given).name
+            merged = Path(folder) / str(len(configs)) / Path(given).name
             merged.parent.mkdir()
             merged.write_text(content)
-            expanded.append(f"{option}={merged}" if given is value else str(merged))
-        yield expanded
+            configs.append(f"{option}={merged}")
+        yield configs + others

@@ -49,6 +49,14 @@ def test_two_ranks_share_the_batches_of_one_process(num_samples):
         assert first + second == whole
 
 
+def test_accumulated_batches_make_whole_steps():
+    """The images of every step are those of one that is not accumulated; what fills no step is left out."""
+    whole = list(EpochBatchSampler(103, 16, seed=3))
+    parts = list(EpochBatchSampler(103, 4, seed=3, accumulate=4))
+    assert len(whole) == 6 and [list(chain(*parts[i : i + 4])) for i in range(0, 24, 4)] == whole
+    assert len(EpochBatchSampler(103, 2, seed=3, world_size=2, accumulate=4)) == 24
+
+
 def test_an_epoch_covers_each_index_once():
     sampler = EpochBatchSampler(48, 8, seed=3, position=lambda length: (5, 0))
     keys = [key for batch in sampler for key in batch]

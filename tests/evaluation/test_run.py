@@ -14,7 +14,6 @@ import torch
 import nepa_plugin
 from nepa_plugin.checkpoints import class_names, weights_hash
 from nepa_plugin.checkpoints.backbones import open_backbone
-from nepa_plugin.data import digits_folder
 from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation import (
     AttentiveOptions,
@@ -36,15 +35,8 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """61 training and 29 validation images of three classes: two processes do not share either evenly."""
-    root = tmp_path_factory.mktemp("three")
-    for split, counts in (("train", (20, 20, 21)), ("val", (10, 10, 9))):
-        for label, count in zip("012", counts, strict=True):
-            (root / split / label).mkdir(parents=True)
-            for file in sorted((digits_folder() / split / label).iterdir())[:count]:
-                shutil.copy(file, root / split / label)
-    return root
+def folder(three_digits):
+    return three_digits
 
 
 @pytest.fixture(autouse=True)
