@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest

@@ -70,6 +70,8 @@ def test_what_fills_no_global_batch_is_left_out_on_all_ranks_alike(packed):
     assert [len(batches) for batches in ranks] == [4, 4]
     seen = [name for batches in ranks for name in flat(batches)]
     assert len(seen) == len(set(seen)) == 40
+    accumulated = [list(loader(packed, rank=r, world_size=2, accumulate=4, workers=2)) for r in range(2)]
+    assert [len(batches) for batches in accumulated] == [4, 4]  # of six: one step of four batches each
     left_out = set(range(48)) - {int(name[:9]) for name in seen}
     later = [list(loader(packed, (1, 0), rank=r, world_size=2, batch_size=5)) for r in range(2)]
     assert left_out != set(range(48)) - {int(name[:9]) for batches in later for name in flat(batches)}
