@@ -73,7 +73,8 @@ def test_what_the_wheel_holds(wheel):
 def test_the_list_of_commands_and_of_configs(nepa):
     assert nepa("--help").startswith("usage: nepa COMMAND ...\n")
     listed = [line.split()[0] for line in nepa("configs").splitlines() if line.startswith("  ")]
-    files = [path for folder in CONFIGS for path in (ROOT / folder).glob("*.*") if path.stem != "base"]
+    shown = [*CONFIGS, "lightly_configs/finetune"]
+    files = [path for folder in shown for path in (ROOT / folder).glob("*.*") if path.stem != "base"]
     assert sorted(listed) == sorted(path.stem for path in files)
 
 

@@ -53,8 +53,8 @@ def load_classifier(source: str | Path, weights: Weights = "average") -> nn.Modu
     model = load_backbone(source, weights)
     if not getattr(model, "num_classes", 0):
         raise ValueError(
-            f"{source} is a backbone, which has no classes. Fine-tune it first: nepa evaluate {source} --data FOLDER "
-            "--protocol finetune --out DIR writes DIR/finetuned."
+            f"{source} is a backbone, which has no classes. Fine-tune it first: nepa finetune {source} --data FOLDER "
+            "--run_dir DIR writes DIR/finetuned."
         )
     return model
 

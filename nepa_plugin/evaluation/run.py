@@ -41,7 +41,6 @@ from nepa_plugin.evaluation.processes import Runtime, environment, find_devices,
 from nepa_plugin.evaluation.readout import readout, readout_figure
 from nepa_plugin.evaluation.results import check_same_data, read_results, readout_rows, write_results
 from nepa_plugin.evaluation.streamed import streamed_readout
-from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.places import check_folder
 
 PROTOCOLS = ("knn", "linear", "attentive", "finetune", "readout", "head")
@@ -275,7 +274,7 @@ class _Evaluation:
             arguments = self.images, self.form, self.runtime, self.options.finetune
             tops, network = finetune(self.model, *arguments, self.options.num_workers, self.options.seed)
             entry |= tops
-            if out is not None and self.runtime.rank == 0 and isinstance(network, NepaViT):
+            if out is not None and self.runtime.rank == 0:
                 entry["saved"] = str(save_backbone(network, Path(out) / "finetuned", overwrite=True))
 
     @contextmanager
