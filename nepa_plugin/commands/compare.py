@@ -5,6 +5,10 @@ nepa compare dino_cifar10 mae_cifar10 --data /data/cifar10 -- --trainer.max_epoc
 nepa compare runs/a runs/b --data /data/images            # finished runs; the folder holds train/ and val/
 
 What follows `--` goes to `nepa pretrain` for every config. A comparison that was stopped goes on where it was.
+
+Every option of `nepa evaluate` is one here, for all rows alike: --k 10, --finetune.epochs 30, --recipe vit_digits.
+One row alone has other options with --row, as in --row mae_digits:finetune.lr=4e-3. With --evaluate finetune, the
+untrained rows are the same networks from scratch.
 """
 
 import signal
@@ -16,10 +20,10 @@ from pathlib import Path
 from rich.console import Console
 
 from nepa_plugin.commands.boundary import errors_in_one_line
-from nepa_plugin.commands.naming import command_line, command_parser
+from nepa_plugin.commands.evaluation_options import Parser, add_options, options_of, split_recipe
+from nepa_plugin.commands.naming import command_line, command_parser, say_usage_error
 from nepa_plugin.comparison import Comparison, compare
 from nepa_plugin.comparison.report import accuracy_table, failures, write_report
-from nepa_plugin.evaluation import EvaluationOptions
 
 
 @contextmanager
@@ -33,6 +37,17 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _rows(given: list[str]) -> dict[str, list[str]]:
+    """Return the options of each row that has some of its own."""
+    rows: dict[str, list[str]] = {}
+    for text in given:
+        name, colon, option = text.partition(":")
+        if not colon or "=" not in option or not name:
+            say_usage_error(f"--row {text}: write it as NAME:OPTION=VALUE, such as mae_digits:finetune.lr=4e-3.")
+        rows.setdefault(name, []).append(f"--{option}")
+    return rows
 
 
 def main(args: list[str] | None = None) -> None:
@@ -54,13 +69,22 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="seeds that each config is trained with")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for runs and report")
     parser.add_argument("--title", default="Comparison of self-supervised methods")
-    parser.add_argument("--k", type=int, default=20, help="neighbours of kNN")
+    row = "an option of one row alone"
+    parser.add_argument("--row", action="append", default=[], metavar="NAME:OPTION=VALUE", help=row)
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
-    given = parser.parse_args(arguments[:split])
+    evaluation = Parser(add_help=False)
+    add_options(evaluation)
     with errors_in_one_line():
-        options = EvaluationOptions(k=given.k)
+        recipe, typed = split_recipe(arguments[:split])
+        given, others = parser.parse_known_args(typed)
+        others = recipe + others
+        options = options_of(evaluation, evaluation.parse_args(others))
+        rows = {name: evaluation.parse_args([*others, *own]) for name, own in _rows(given.row).items()}
+        own_options = {name: options_of(evaluation, row) for name, row in rows.items()}
         protocols = [name.strip() for name in given.evaluate.split(",") if name.strip()]
-        what = Comparison(given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs)
+        what = Comparison(
+            given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs, own_options
+        )
         with _ended_by_signals():
             runs = compare(what)
         write_report(runs, given.out, command_line("compare", args), given.title)

@@ -6,29 +6,21 @@ nepa evaluate vit_small_patch16_224 --untrained true --data /data/images --proto
 
 BACKBONE is a timm folder, a published NEPA folder, a hub id, a .ckpt of a pretraining run, or a timm model name. The
 image folder holds train/ and val/, a sub-folder per class. With --devices N, or under torchrun, N processes share the
-work. Small images that must not be mirrored or mixed, such as digits, are fine-tuned with
---finetune.hflip_prob 0 --finetune.mixup 0 --finetune.cutmix 0 --finetune.auto_augment '' --finetune.random_erasing 0.
+work. --recipe vit_digits fine-tunes as that config of nepa finetune says; --finetune.lr and the like change it.
 """
 
 import os
 import sys
 from itertools import pairwise
-from typing import NoReturn, Optional
+from typing import Optional
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from nepa_plugin.commands.boundary import errors_in_one_line
-from nepa_plugin.commands.naming import program, say_usage_error
-from nepa_plugin.evaluation import EvaluationOptions, evaluate, tables
+from nepa_plugin.commands.evaluation_options import Parser, add_options, options_of, split_recipe
+from nepa_plugin.commands.naming import program
+from nepa_plugin.evaluation import evaluate, tables
 from nepa_plugin.runtime.reading import read_yaml_text
-
-
-class Parser(ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        say_usage_error(message)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -47,15 +39,16 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Optional[str], default=None, help="folder for results.json and readout.png")
     parser.add_argument("--no-cache", action="store_true", help="compute features anew and keep none")
     parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_class_arguments(EvaluationOptions, skip={"cache"})
+    parser.add_argument("--recipe", type=str, help="fine-tune as this config of nepa finetune says, such as vit_digits")
+    add_options(parser)
     with errors_in_one_line():
-        for path in _configs(sys.argv[1:] if args is None else args):
+        arguments = sys.argv[1:] if args is None else args
+        for path in _configs(arguments):
             read_yaml_text(path)  # which jsonargparse reads without bounds
-        given = parser.parse_args(args)
-        chosen = parser.instantiate(given) if hasattr(parser, "instantiate") else parser.instantiate_classes(given)
-        names = ("backbone", "data", "protocol", "out", "no_cache", "config")
-        values = {k: v for k, v in vars(chosen).items() if k not in names}
-        options = EvaluationOptions(**values, cache=not given.no_cache)
+        recipe, others = split_recipe(arguments)
+        given = parser.parse_args(recipe + others)
+        names = ("backbone", "data", "protocol", "out", "no_cache", "config", "recipe")
+        options = options_of(parser, given, names, cache=not given.no_cache)
         options.progress = options.progress or sys.stderr.isatty()
         protocols = [name.strip() for name in given.protocol.split(",") if name.strip()]
         results = evaluate(given.backbone, given.data, protocols, options, given.out)

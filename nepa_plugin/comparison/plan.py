@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,6 +25,8 @@ from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
 
 SUMMARY, REQUEST = "summary.json", "request.json"
+#: How the names of rows with fresh weights begin.
+UNTRAINED = "untrained "
 #: What the report reads of a run's summary, and of which type it is.
 SUMMARY_TYPES: dict[str, Any] = (
     dict.fromkeys(("train_fingerprint", "backbone_class", "attention", "exported", "devices", "precision"), str)
@@ -85,6 +87,7 @@ class Comparison:
         overrides: Further arguments of ``tools/pretrain.py`` for every config.
         options: Of the evaluation.
         jobs: Runs that are trained at the same time, each with its share of the CPU's cores.
+        rows: By the name of a row, the options of its evaluation where they are not ``options``.
     """
 
     sources: Sequence[str]
@@ -95,6 +98,11 @@ class Comparison:
     overrides: Sequence[str] = ()
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     jobs: PositiveInt = 1
+    rows: Mapping[str, EvaluationOptions] = field(default_factory=dict)
+
+    def options_of(self, name: str) -> EvaluationOptions:
+        """Return the options of a row's evaluation."""
+        return self.rows.get(name, self.options)
 
     def arguments(self, config: Path, seed: int) -> list[str]:
         """Return the arguments of ``tools/pretrain.py`` for one run, without its folder."""
@@ -134,6 +142,9 @@ def plan(what: Comparison) -> list[tuple[Run, Path | None]]:
             if (run.folder / SUMMARY).is_file():
                 _check_images(run, data, what)
             planned.append((run, source))
+    known = list(dict.fromkeys(run.name for run, _ in planned))
+    if odd := [name for name in what.rows if name not in known and not name.startswith(UNTRAINED)]:
+        raise ComparisonError(f"--row {odd[0]}: there is no such row. The rows are {', '.join(known)}.")
     names = [(run.name, run.seed) for run, _ in planned]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

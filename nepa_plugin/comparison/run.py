@@ -21,7 +21,17 @@ from rich.console import Console
 
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.comparison.child import PARENT
-from nepa_plugin.comparison.plan import REQUEST, SUMMARY, Comparison, Run, folder_name, load_run, plan, request_of
+from nepa_plugin.comparison.plan import (
+    REQUEST,
+    SUMMARY,
+    UNTRAINED,
+    Comparison,
+    Run,
+    folder_name,
+    load_run,
+    plan,
+    request_of,
+)
 from nepa_plugin.data.evaluation import evaluation_images
 from nepa_plugin.data.files import content_fingerprint
 from nepa_plugin.evaluation import evaluate, read_results
@@ -148,7 +158,8 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int, proc
 
 
 def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
-    out, asked = run.folder / "evaluation", json.loads(json.dumps({"data": what.data, **asdict(what.options)}))
+    options = what.options_of(run.name)
+    out, asked = run.folder / "evaluation", json.loads(json.dumps({"data": what.data, **asdict(options)}))
     record = out / REQUEST
     try:
         done = _done(out, record, asked, what)
@@ -156,7 +167,7 @@ def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
         if missing:
             say(f"{place}evaluating {', '.join(missing)}")
             write_json(record, asked)
-            done = done | evaluate(run.folder / "backbone", what.data, missing, what.options, out)["protocols"]
+            done = done | evaluate(run.folder / "backbone", what.data, missing, options, out)["protocols"]
     except Exception as error:  # whatever it is, the other rows go on
         (run.folder / "evaluation.log").write_text(traceback.format_exc())
         run.error = f"evaluation: {error} (see {run.folder / 'evaluation.log'})"
@@ -189,7 +200,7 @@ def _untrained(runs: list[Run], what: Comparison) -> list[Run]:
         if not run.trained:
             continue
         mode = f" {run.summary['attention']}" if run.summary["backbone_class"] == "NepaViT" else ""
-        name = f"untrained {run.summary['backbone_class']}{mode}"
+        name = f"{UNTRAINED}{run.summary['backbone_class']}{mode}"
         same = backbones.setdefault(name, [])
         backbone = _architecture(run.summary["backbone"])
         if backbone not in same:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from nepa_plugin.comparison import Comparison, ComparisonError, compare
 from nepa_plugin.data import digits_folder
+from nepa_plugin.evaluation import EvaluationOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"
@@ -53,6 +54,8 @@ def test_bad_input_is_refused_before_any_training(tmp_path):
     message = refused(comparison(tmp_path, NEPA, overrides=["--trainer.max_epohcs", "1"]))
     assert "nepa_digits.yaml: config key `trainer.max_epohcs`" in message and "did you mean" in message
     assert "no folder at" in refused(comparison(tmp_path, NEPA, data=str(tmp_path / "nowhere")))
+    message = refused(comparison(tmp_path, NEPA, rows={"mae_digits": EvaluationOptions()}))
+    assert "--row mae_digits: there is no such row. The rows are nepa_digits." in message
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     assert "is no finished run" in refused(comparison(tmp_path, tmp_path / "unfinished"))
 

@@ -182,7 +182,25 @@ def _facts(run: Run) -> dict[str, str]:
         "devices": f"{summary['devices']}, {hardware['threads']} threads, "
         + (", ".join(hardware["gpus"]) or hardware["cpu"]),
         "precision": summary["precision"],
+        **_finetuning(run),
         "torch, lightly, timm": ", ".join(str(summary["versions"].get(k)) for k in ("torch", "lightly", "timm")),
+    }
+
+
+def _finetuning(run: Run) -> dict[str, str]:
+    """Return how a run was fine-tuned, if it was."""
+    entry = run.results.get("finetune")
+    if entry is None:
+        return {}
+    options = entry["options"]["finetune"]
+    nepa = run.summary["backbone_class"] == "NepaViT"
+    head_lr = options["head_lr"]
+    return {
+        "fine-tuning": f"{options['epochs']} epochs of batch {options['batch_size']}, "
+        f"lr {options['lr']:g} per 256 (head {head_lr if head_lr is None else format(head_lr, 'g')}), "
+        f"layer decay {options['layer_decay']:g}, moving average {entry['ema_decay']:.4g}",
+        "attention in fine-tuning": (options["attention"] or run.summary["attention"]) if nepa else "bidirectional",
+        "fine-tuned network that counts": options["select"] + " epoch",
     }
 
 
