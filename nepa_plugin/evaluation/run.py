@@ -38,7 +38,7 @@ from nepa_plugin.evaluation.linear import linear_probe, logistic_probe
 from nepa_plugin.evaluation.memory import Sizes, check_memory, memory_steps
 from nepa_plugin.evaluation.options import EvaluationOptions
 from nepa_plugin.evaluation.processes import Runtime, environment, find_devices, launch
-from nepa_plugin.evaluation.readout import readout, readout_figure
+from nepa_plugin.evaluation.readout import ReadoutRow, best_row, chosen_held_out, readout, readout_figure
 from nepa_plugin.evaluation.results import check_same_data, read_results, readout_rows, write_results
 from nepa_plugin.evaluation.streamed import streamed_readout
 from nepa_plugin.runtime.places import check_folder
@@ -261,11 +261,13 @@ class _Evaluation:
         folder = Path(self.results["backbone"]["source"])
         if self.options.untrained or self.options.model_args or not (folder / "config.json").is_file():
             return
-        rows = [row for row in self.results["protocols"]["readout"]["rows"] if row["pool"] != "concat"]
-        best = max(rows, key=lambda row: row["linear"])
-        about = {"linear": best["linear"], "data": self.images.source, "classes": len(self.images.classes)}
+        rows = [ReadoutRow(**row) for row in self.results["protocols"]["readout"]["rows"] if row["pool"] != "concat"]
+        best = best_row(rows)
+        chosen_on = f"{'held-out training' if chosen_held_out(rows) else 'validation'} images"
+        about = {"linear": best.linear, "chosen_on": chosen_on, "data": self.images.source}
+        about["classes"] = len(self.images.classes)
         try:
-            write_best_feature(folder, self.model, best["depth"], best["pool"], **about)
+            write_best_feature(folder, self.model, best.depth, best.pool, **about)
         except OSError as error:
             warnings.warn(f"{folder} cannot be written to, so the best feature is not kept: {error}", stacklevel=2)
 

@@ -55,10 +55,10 @@ def test_the_readout_finds_the_best_and_loading_takes_it(tmp_path):
     options = EvaluationOptions(k=3, accelerator="cpu", cache=False, num_workers=0, linear=LinearOptions(C=0.01))
     rows = evaluate(folder, data, ["readout"], options)["protocols"]["readout"]["rows"]
     single = [row for row in rows if row["pool"] != "concat"]
-    best = next(row for row in single if row["linear"] == max(row["linear"] for row in single))
+    best = next(row for row in single if row["held_out"] == max(row["held_out"] for row in single))
     kept = json.loads((folder / "readout.json").read_text())
     assert (kept["depth"], kept["pool"], kept["linear"]) == (best["depth"], best["pool"], best["linear"])
-    assert kept["data"] == str(data) and kept["classes"] == 2
+    assert kept["chosen_on"] == "held-out training images" and kept["data"] == str(data) and kept["classes"] == 2
     loaded = nepa_plugin.load_backbone(folder, feature="best")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.extract_features(images), model.extract_features(images, best["depth"], best["pool"]))

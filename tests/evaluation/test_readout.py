@@ -17,6 +17,7 @@ from nepa_plugin.evaluation import (
     readout_figure,
     readout_table,
 )
+from nepa_plugin.evaluation.readout import best_row, chosen_held_out, hold_out
 
 
 def _loaders():
@@ -46,6 +47,23 @@ def test_rows_equal_separate_probes():
         fit, score = train.features[row.depth][row.pool], val.features[row.depth][row.pool]
         assert row.knn == knn_accuracy(fit, train.labels, score, val.labels, k=5)
         assert row.linear == logistic_probe(fit, train.labels, score, val.labels)
+        held = hold_out(train.labels)
+        assert row.held_out == logistic_probe(fit[~held], train.labels[~held], fit[held], train.labels[held])
+    assert chosen_held_out(rows) and best_row(rows).held_out == max(row.held_out for row in rows)
+
+
+def test_every_fifth_image_of_each_class_is_held_out():
+    labels = torch.tensor([0, 1] * 7 + [0])
+    held = hold_out(labels)
+    assert held.nonzero().flatten().tolist() == [8, 9]  # the fifth zero and the fifth one
+    assert hold_out(torch.tensor([0] * 20 + [1] * 4)) is None
+
+
+def test_the_best_row_is_not_chosen_on_the_scored_images():
+    rows = [ReadoutRow("block 1", "mean", 0.0, 90.0, 70.0), ReadoutRow("block 2", "mean", 0.0, 80.0, 75.0)]
+    assert best_row(rows) == rows[1]
+    rows[1] = ReadoutRow("block 2", "mean", 0.0, 80.0)  # by an older version, or too few images
+    assert not chosen_held_out(rows) and best_row(rows) == rows[0]
 
 
 def _render(table, **kwargs):

@@ -8,6 +8,7 @@ import rich.table
 from rich.markup import escape
 
 from nepa_plugin.comparison.plan import Run
+from nepa_plugin.evaluation.readout import ReadoutRow, best_row, chosen_held_out
 
 #: Poolings among which the best readout is looked for: those that every backbone has. Under causal attention the class
 #: token sees only itself, so it is left out.
@@ -17,11 +18,17 @@ PROTOCOLS = {"knn": "kNN", "linear": "linear", "attentive": "attentive", "finetu
 
 def best_readout(run: Run) -> tuple[float, str] | None:
     """Return the best linear readout of a run, in per cent, and where in the network it was."""
-    rows = [row for row in run.results.get("readout", {}).get("rows", []) if row["pool"] in READOUT_POOLS]
+    rows = readout_rows(run)
     if not rows:
         return None
-    best = max(rows, key=lambda row: row["linear"])
-    return best["linear"], f"{best['depth']}, {best['pool']}"
+    best = best_row(rows)
+    return best.linear, f"{best.depth}, {best.pool}"
+
+
+def readout_rows(run: Run) -> list[ReadoutRow]:
+    """Return the readout's rows among which the best is looked for."""
+    rows = run.results.get("readout", {}).get("rows", [])
+    return [ReadoutRow(**row) for row in rows if row["pool"] in READOUT_POOLS]
 
 
 def score(run: Run, protocol: str) -> float | None:
@@ -102,9 +109,14 @@ def accuracy_table(runs: Sequence[Run]) -> Table:
     if readout:
         note += (
             " The best readout is the best linear probe over all depths and the last token, the mean of the patch "
-            "tokens, and the means of the last depths put side by side (concat). It is chosen on the validation "
-            "images, for every row, so it is an optimistic number."
+            "tokens, and the means of the last depths put side by side (concat). "
         )
+        if all(chosen_held_out(readout_rows(run)) for run in runs if run.results.get("readout")):
+            note += (
+                "Each run's is chosen on a fifth of the training images, held out for that, and scored like the rest."
+            )
+        else:
+            note += "It is chosen on the validation images, for some rows at least, so it is an optimistic number."
     return Table("Accuracy", header, rows, note)
 
 
