@@ -10,6 +10,7 @@ from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation.images import Images, batch_per_process, ordered_loader, shuffled_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.finetuning import ClassifierModule, Recipe, Scores, classifier
+from nepa_plugin.finetuning.cost import step_gflops
 from nepa_plugin.methods.optimization import DivergenceError
 from nepa_plugin.runtime.averaging import FusedEMA
 from nepa_plugin.runtime.ranges import PositiveInt
@@ -61,8 +62,9 @@ def finetune(
 
     Returns:
         ``top1`` and ``top5`` (or of all classes, where there are fewer) in per cent with ``ema_decay``, the decay that
-        was in force, and the fine-tuned network. With ``select="best"``, ``top1`` is that of the best epoch, and
-        ``best_epoch`` and ``last_top1`` are given in place of ``top5``.
+        was in force, ``gflops`` per image of a step, and ``images_seen``; and the fine-tuned network. With
+        ``select="best"``, ``top1`` is that of the best epoch, with ``best_epoch`` and ``last_top1`` in place of
+        ``top5``.
 
     Raises:
         EvaluationDivergenceError: If a loss, a weight or a prediction is not finite.
@@ -90,4 +92,5 @@ def finetune(
         averages = [callback for callback in trainer.callbacks if isinstance(callback, FusedEMA)]  # type: ignore[attr-defined]
         if scores.keep_best:
             network.load_state_dict(scores.best_state)
-        return scores.final() | {"ema_decay": averages[0].decay if averages else 0.0}, network.eval()
+        cost = {"gflops": step_gflops(network), "images_seen": trainer.global_step * module.global_batch_size}
+        return scores.final() | {"ema_decay": averages[0].decay if averages else 0.0} | cost, network.eval()

@@ -9,6 +9,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.checkpoints import backbone_config, load_backbone, save_backbone
 from nepa_plugin.finetuning import Scores
+from nepa_plugin.finetuning.cost import step_gflops
 from nepa_plugin.methods.cost import TrainingCost
 from nepa_plugin.runtime.averaging import FusedEMA
 from nepa_plugin.runtime.files import write_json
@@ -115,6 +116,7 @@ def finetuning_summary(trainer: Trainer, scores: Scores, clock: RunClock, seed: 
         **scores.final(),
         "ema_decay": averages[0].decay if averages else 0.0,
         "init_from": module.hparams.get("init_from"),
+        "gflops": step_gflops(module.network),
         **_of_any_run(trainer, clock, seed),
         "recipe": asdict(module.recipe),
         "network": backbone_config(module.network),

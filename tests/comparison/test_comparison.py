@@ -154,10 +154,10 @@ def test_the_command(finished, capsys, monkeypatch):
         runpy.run_path(str(ROOT / "tools" / "compare.py"), run_name="__main__")
     printed = capsys.readouterr()
     assert status.value.code == 1 and "error: broken, seed 0: training ended" in printed.err
-    assert "nepa_digits" in printed.out
+    assert "NEPA" in printed.out
     knn = json.loads((what.out / "nepa_digits/seed0/evaluation/results.json").read_text())["protocols"]["knn"]["top1"]
     markdown = (what.out / "report.md").read_text()
-    assert re.search(rf"\| nepa_digits \| 1 \| {knn:.1f} \|", markdown)
+    assert re.search(rf"\| NEPA \| 1 \|.*\| (\*\*)?{knn:.1f}(\*\*)? \|", markdown)
     assert (what.out / "report.html").is_file() and (what.out / "results.csv").is_file()
 
 

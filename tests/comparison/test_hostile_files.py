@@ -54,7 +54,7 @@ def test_markup_in_names_and_errors_is_text(tmp_path):
     markdown = (tmp_path / "report.md").read_text()
     lines = markdown.splitlines()
     assert lines[0] == r"# &lt;i&gt; \# title" and "````" in lines and "<script>" not in markdown
-    assert r"| &lt;b&gt;\[x\](http://e) \| \`c\` \*d\*&lt;/b&gt; | 1 | 50.0 |" in lines
+    assert r"| &lt;b&gt;\[x\](http://e) \| \`c\` \*d\*&lt;/b&gt; | 1 | **50.0** |" in lines
     assert r"- \[/bold\], seed 0: \# &lt;script&gt;alert(1)&lt;/script&gt; \# \[link\](x)" in lines
     assert "<script>" not in (tmp_path / "report.html").read_text()
 

@@ -74,7 +74,9 @@ def test_the_best_epoch_is_what_is_returned(model, folder, ema_decay):
     images, form = open_images(folder), ImageFormat.of(model)
     options = FinetuneOptions(epochs=3, batch_size=16, ema_decay=ema_decay, select="best", lr=0.02, head_lr=0.02)
     found, network = finetune(model, images, form, launch("cpu"), options, num_workers=0)
-    assert set(found) == {"top1", "best_epoch", "last_top1", "ema_decay"} and 1 <= found["best_epoch"] <= 3
+    cost = {"ema_decay", "gflops", "images_seen"}
+    assert set(found) == {"top1", "best_epoch", "last_top1"} | cost and 1 <= found["best_epoch"] <= 3
+    assert found["images_seen"] == 3 * 48
     assert found["top1"] >= found["last_top1"]
     with torch.no_grad():
         hits = sum(

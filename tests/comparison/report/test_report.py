@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from nepa_plugin.comparison import Run
-from nepa_plugin.comparison.report import accuracy_table, cost_table, inequalities, write_report
-from nepa_plugin.comparison.report.tables import spread
+from nepa_plugin.comparison.report import accuracy_table, cost_tables, inequalities, verdict, write_report
+from nepa_plugin.comparison.report.costs import spread
+from nepa_plugin.comparison.report.exports import latex, latex_table
+from nepa_plugin.comparison.report.methods import PAPERS, labels
+from nepa_plugin.comparison.report.published import published_table
+from nepa_plugin.comparison.report.scores import best_readout, order, primary
+from nepa_plugin.comparison.report.statistics import Noise
 
 
 def run(name, seed, knn, linear, **summary):
@@ -65,53 +70,152 @@ def test_spread():
     assert spread([80.0, 82.0, 81.0]) == "81.0 (80.0-82.0)"
 
 
-def test_accuracies_are_means_and_ranges_over_seeds(runs):
+def test_accuracies_are_means_with_intervals_the_best_first_and_in_bold(runs):
+    """kNN of the one row with two seeds: 80 and 82, whose deviation is sqrt 2; t of one degree of freedom is 12.706."""
     table = accuracy_table(runs)
-    assert table.header == ["method", "seeds", "kNN", "linear", "best readout", "where"]
-    assert table.rows == [
-        ["nepa", "2", "81.0 (80.0-82.0)", "86.5 (85.0-88.0)", "88.5 (87.0-90.0)", "final norm, mean"],
-        ["mae", "1", "70.0", "75.0", "77.0", "final norm, mean"],
-        ["untrained NepaViT causal", "1", "30.0", "40.0", "42.0", "final norm, mean"],
-    ]
+    assert table.header == ["method", "seeds", "best readout", "where", "linear", "kNN"]
+    half = 12.706 * 2**0.5
+    assert table.rows[0][:2] == ["NEPA", "2"] and table.rows[0][5] == f"81.0 ± {half / 2**0.5:.1f}"
+    assert table.rows[1][0] == "MAE" and table.rows[1][5] == f"70.0 ± {half:.1f}"
+    assert [row[0] for row in table.rows] == ["NEPA", "MAE", "untrained NepaViT causal"]
+    assert table.best == {(0, 2), (0, 4), (0, 5)}
+
+
+def test_without_several_seeds_there_are_no_intervals(runs):
+    table = accuracy_table(runs[1:])
+    assert table.rows[0] == ["NEPA", "1", "90.0", "final norm, mean", "88.0", "82.0"]
+    assert "nothing tells how much of a difference is noise" in " ".join(verdict(runs[1:]))
+
+
+def tuned(run, top1):
+    options = {"epochs": 20, "batch_size": 64, "lr": 0.016, "head_lr": 2e-3, "layer_decay": 0.9, "select": "last"}
+    options = {"finetune": options | {"attention": "bidirectional"}}
+    entry = {"top1": top1, "options": options, "ema_decay": 0.99, "seconds": 30.0, "gflops": 0.4, "images_seen": 5000}
+    run.results["finetune"] = entry
+    return run
+
+
+@pytest.fixture
+def compared():
+    """Fine-tuning with two seeds each, whose pooled deviation is 1: MAE and NEPA are level, SimCLR is not."""
+    half = 2**-0.5
+    rows = [("a", "NEPA", 92.0), ("b", "MAE", 93.0), ("c", "SimCLR", 85.0), ("untrained NepaViT causal", "", 88.0)]
+    found = []
+    for name, method, top1 in rows:
+        for seed, value in ((0, top1 - half), (1, top1 + half)):
+            one = tuned(run(name, seed, 50.0, 60.0, method=method), value)
+            one.summary = one.summary if method else {}
+            found.append(one)
+    return found
+
+
+def test_the_noise_is_pooled_and_the_answer_goes_by_it(compared):
+    """Four rows of two seeds: four degrees of freedom, t = 2.776; means differ by more than noise beyond 2.776."""
+    noise = Noise.of({"a": [1, 3], "b": [5, 5], "c": [7]})
+    assert (noise.deviation, noise.freedom) == (1.0, 2) and noise.half_width(4) == pytest.approx(4.3027 / 2, rel=1e-4)
+    assert Noise.of({"a": [1.0], "b": []}).half_width(1) is None
+    assert primary(compared) == "finetune" and order(compared) == ["b", "a", "untrained NepaViT causal", "c"]
+    text = " ".join(verdict(compared))
+    assert text.startswith("MAE is first of 3 by fine-tuning: 93.0 %. Within the seeds' noise of it: NEPA.")
+    assert "NEPA is number 2, 1.0 points behind, which is within the noise." in text
+    assert "From scratch, the best network reaches 88.0 %: 2 of 3 are above it, 2 by more than noise." in text
+    for one in compared[:2]:
+        one.results["finetune"]["top1"] -= 4
+    text = " ".join(verdict(compared))
+    assert "It is ahead of every other row by more than the seeds' noise." in text
+    assert (
+        "NEPA is number 2, 5.0 points behind, which is more than noise." in text
+        and "1 of 3 are above it, 1 by more than noise." in text
+    )
+
+
+def test_rows_are_called_by_their_method_and_two_of_one_by_their_own_names_too(runs):
+    assert labels(runs) == {n: v for n, v in labels(runs).items() if v}
+    assert [labels(runs)[name] for name in ("nepa", "mae", "broken")] == ["NEPA", "MAE", "broken"]
+    runs[2].summary["method"] = "NEPA"
+    assert labels(runs)["nepa"] == "NEPA (nepa)" and labels(runs)["mae"] == "NEPA (mae)"
+
+
+def test_every_method_of_the_package_has_a_paper_and_a_published_row_is_marked(runs):
+    from nepa_plugin import methods
+
+    assert set(PAPERS) == set(methods.__all__) - {"Method"}
+    assert len({paper.key for paper in PAPERS.values()}) == len(PAPERS)
+    assert PAPERS["NEPA"].bibtex().startswith("@misc{xu2025nepa,\n") and "2512.16922" in PAPERS["NEPA"].bibtex()
+    table = published_table(runs)
+    assert all(len(row) == len(table.header) and row[-1] for row in table.rows)
+    assert "not reproduced here" in table.note and published_table(runs[3:]).rows == []
+    (nepa,) = [row for row in table.rows if row[0] == "NEPA"]
+    assert nepa[1:8] == ["1600", "83.8", "11.3 last, 14.1 mean", "48.3", "85.3", "", "54.0"]
 
 
 def test_costs(runs):
-    table = cost_table(runs)
-    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
-    assert list(rows) == ["nepa", "mae"]  # what was not trained has no cost
-    nepa = rows["nepa"]
-    assert nepa["training, s"] == "10 (10-11)" and nepa["images seen"] == "2,560" and nepa["peak memory, MiB"] == "1024"
-    assert nepa["TFLOP in all"] == "1.28"  # 0.5e9 x 2560
-    assert nepa["thrown away, M"] == "0.05" and rows["mae"]["encoder tokens"] == "17"
+    measured, counted = cost_tables(runs)
+    rows = {row[0]: dict(zip(measured.header, row, strict=True)) for row in measured.rows}
+    assert list(rows) == ["NEPA", "MAE"]  # what was not trained has no cost
+    nepa = rows["NEPA"]
+    assert nepa["pretraining, s"] == "10 (10-11)" and nepa["images seen"] == "2,560"
+    assert nepa["peak memory, MiB"] == "1024" and "fine-tuning, s" not in nepa
+    rows = {row[0]: dict(zip(counted.header, row, strict=True)) for row in counted.rows}
+    assert rows["NEPA"]["TFLOP in all"] == "1.28"  # 0.5e9 x 2560
+    assert rows["NEPA"]["thrown away, M"] == "0.05" and rows["MAE"]["encoder tokens"] == "17"
+
+
+def test_costs_of_fine_tuning(compared):
+    measured, counted = cost_tables(compared)
+    assert measured.header[-1] == "fine-tuning, s" and measured.rows[0][-1] == "30"
+    assert counted.header[-1] == "fine-tuning, TFLOP" and counted.rows[0][-1] == "2"  # 0.4e9 x 5000
+    equal, _ = inequalities(compared)
+    assert (
+        "fine-tuning: 20 epochs of batch 64, lr 0.016 per 256 (head 0.002), layer decay 0.9, moving average 0.99"
+        in equal
+    )
 
 
 def test_says_what_is_not_equal(runs):
     equal, different = inequalities(runs)
-    assert "attention in pretraining: causal (nepa); bidirectional (mae)" in different
+    assert "attention in pretraining: causal (NEPA); bidirectional (MAE)" in different
     assert any(
-        line.startswith("backbone: NepaViT embed_dim 64, depth 4 (nepa); VisionTransformer") for line in different
+        line.startswith("backbone: NepaViT embed_dim 64, depth 4 (NEPA); VisionTransformer") for line in different
     )
     assert "training images: 1400 (abc)" in equal and "global batch: 128" in equal
     runs[2].summary["images_seen"] = 5000
-    assert "images seen: 2,560 (nepa); 5,000 (mae)" in inequalities(runs)[1]
+    assert "images seen: 2,560 (NEPA); 5,000 (MAE)" in inequalities(runs)[1]
 
 
-def test_files(runs, tmp_path):
-    write_report(runs, tmp_path, "python tools/compare.py a b", "A & B")
+def test_files(compared, tmp_path):
+    compared.append(Run("broken", 0, Path("nowhere"), error="out of memory | at step 3"))
+    write_report(compared, tmp_path, "python tools/compare.py a b", "A & B")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["method"], row["seed"]) for row in rows][:2] == [("nepa", "0"), ("nepa", "1")] and len(rows) == 5
-    assert float(rows[1]["knn"]) == 82 and float(rows[1]["training_pflop"]) == pytest.approx(0.00128)
-    assert rows[3]["error"].startswith("out of memory") and rows[3]["knn"] == ""
+    assert len(rows) == 8 * 4 + 1 and rows[-1]["error"].startswith("out of memory") and rows[-1]["top1"] == ""
+    for one in compared[:-1]:  # every number is the results' own
+        own = {row["protocol"]: row for row in rows if (row["row"], row["seed"]) == (one.name, str(one.seed))}
+        assert set(own) == {"finetune", "readout", "linear", "knn"}
+        for protocol in ("finetune", "linear", "knn"):
+            assert float(own[protocol]["top1"]) == one.results[protocol]["top1"]
+        assert (float(own["readout"]["top1"]), own["readout"]["where"]) == best_readout(one)
+    assert float(rows[0]["training_pflop"]) == pytest.approx(0.00128) and rows[0]["method"] == "NEPA"
     markdown = (tmp_path / "report.md").read_text()
-    assert "| nepa | 2 | 81.0 (80.0-82.0) |" in markdown and "- broken, seed 0: out of memory" in markdown
+    assert markdown.splitlines()[2].startswith("MAE is first of 3 by fine-tuning: 93.0 %.")
+    assert "| MAE | 2 | **93.0 ± 2.0** |" in markdown and "- broken, seed 0: out of memory" in markdown
     for picture in re.findall(r"\((figures/\w+\.png)\)", markdown):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
-    assert "<title>A &amp; B</title>" in page and "81.0 (80.0-82.0)" in page
+    assert "<title>A &amp; B</title>" in page and '<td class="best">93.0 ± 2.0</td>' in page
+    assert page.index("MAE is first") < page.index("<img") < page.index("<table")  # the first screen
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing outside the file is needed
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 4 and all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    assert len(images) == 5 and all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    tex = (tmp_path / "tables.tex").read_text()
+    assert r"MAE & 2 & \textbf{93.0 $\pm$ 2.0} &" in tex and tex.count(r"\begin{tabular}") == 3
+    bib = (tmp_path / "methods.bib").read_text()
+    assert bib.count("@misc{") == 3 and bib.count("{") == bib.count("}")
+
+
+def test_latex_shows_text_as_it_is():
+    assert latex(r"a_b & 5 % \x {y} ~^") == r"a\_b \& 5 \% \textbackslash{}x \{y\} \textasciitilde{}\textasciicircum{}"
+    assert latex_table(accuracy_table([])).count(r"\\") == 1
 
 
 def test_a_comparison_in_which_all_failed(tmp_path):

@@ -1,0 +1,84 @@
+"""What is equal between the rows of a comparison, what is not, and what failed."""
+
+from collections.abc import Sequence
+
+from nepa_plugin.comparison.plan import Run
+from nepa_plugin.comparison.report.methods import labels
+from nepa_plugin.comparison.report.scores import by_name
+
+
+def failures(runs: Sequence[Run]) -> list[str]:
+    """Return a line per run that failed."""
+    return [f"{run.name}, seed {run.seed}: {run.error}" for run in runs if run.error is not None]
+
+
+def _facts(run: Run) -> dict[str, str]:
+    summary, model = run.summary, run.config.get("model", {}).get("init_args", {})
+    nepa = summary["backbone_class"] == "NepaViT"
+    sizes = summary["backbone"].get("model_args", {})
+    hardware = summary["hardware"]
+    return {
+        "training images": f"{summary['train_images']} ({summary['train_fingerprint']})",
+        "images seen": f"{summary['images_seen']:,}",
+        "global batch": str(summary["global_batch_size"]),
+        "backbone parameters": f"{summary['backbone_parameters']:,}",
+        "backbone": f"{summary['backbone_class']} "
+        + ", ".join(f"{k} {sizes[k]}" for k in ("embed_dim", "depth", "num_heads", "patch_size") if k in sizes),
+        "position embedding": "RoPE, rescaled at random in training" if nepa else "absolute",
+        "QK-norm": "without weight and bias" if nepa else str(sizes.get("qk_norm", "as the named model has it")),
+        "attention in pretraining": summary["attention"],
+        "views per image": str(summary["views"]),
+        "encoder passes per image": f"{summary['encoder_passes']:.3g}",
+        "crop area": str(model.get("crop_scale") or (model.get("transform_args") or {}).get("min_scale") or "default"),
+        "exported weights": summary["exported"],
+        "AdamW lr per 256, weight decay, betas": f"{model.get('base_lr')}, {model.get('weight_decay')}"
+        + (f" to {model['final_weight_decay']}" if model.get("final_weight_decay") is not None else "")
+        + f", {tuple(model.get('betas', ()))}",
+        "warm-up": str(model.get("warmup_steps") or f"{model.get('warmup_fraction')} of the steps"),
+        "gradient clipping": str(model.get("clip_grad_norm")),
+        "devices": f"{summary['devices']}, {hardware['threads']} threads, "
+        + (", ".join(hardware["gpus"]) or hardware["cpu"]),
+        "precision": summary["precision"],
+        **_finetuning(run),
+        "torch, lightly, timm": ", ".join(str(summary["versions"].get(k)) for k in ("torch", "lightly", "timm")),
+    }
+
+
+def _finetuning(run: Run) -> dict[str, str]:
+    """Return how a run was fine-tuned, if it was."""
+    entry = run.results.get("finetune")
+    if entry is None:
+        return {}
+    options = entry["options"]["finetune"]
+    nepa = run.summary["backbone_class"] == "NepaViT"
+    head_lr = options["head_lr"]
+    return {
+        "fine-tuning": f"{options['epochs']} epochs of batch {options['batch_size']}, "
+        f"lr {options['lr']:g} per 256 (head {head_lr if head_lr is None else format(head_lr, 'g')}), "
+        f"layer decay {options['layer_decay']:g}, moving average {entry['ema_decay']:.4g}",
+        "attention in fine-tuning": (options["attention"] or run.summary["attention"]) if nepa else "bidirectional",
+        "fine-tuned network that counts": options["select"] + " epoch",
+    }
+
+
+def inequalities(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """Return what all pretraining runs share and what differs between them, a line each.
+
+    Args:
+        runs: All runs.
+
+    Returns:
+        (lines ``fact: value``, lines ``fact: value (rows); other value (rows)``).
+    """
+    called = labels(runs)
+    facts = {called[name]: _facts(group[0]) for name, group in by_name(runs).items() if group[0].trained}
+    equal, different = [], []
+    for fact in next(iter(facts.values()), {}):
+        rows: dict[str, list[str]] = {}
+        for name, own in facts.items():
+            rows.setdefault(own.get(fact, "not so"), []).append(name)
+        if len(rows) == 1:
+            equal.append(f"{fact}: {next(iter(rows))}")
+        else:
+            different.append(f"{fact}: " + "; ".join(f"{value} ({', '.join(names)})" for value, names in rows.items()))
+    return equal, different

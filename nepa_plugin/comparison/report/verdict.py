@@ -1,0 +1,57 @@
+"""The answer of a comparison, in sentences."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from nepa_plugin.comparison.plan import Run
+from nepa_plugin.comparison.report.methods import is_untrained, labels
+from nepa_plugin.comparison.report.scores import NAMES, by_name, order, primary, values
+from nepa_plugin.comparison.report.statistics import Noise
+
+
+def verdict(runs: Sequence[Run]) -> list[str]:
+    """Return which rows are ahead by more than noise, where NEPA stands, and what training from scratch reaches.
+
+    Args:
+        runs: All runs.
+
+    Returns:
+        Sentences; none where nothing was scored.
+    """
+    column = primary(runs)
+    if column is None:
+        return []
+    rows = values(runs, column)
+    noise = Noise.of(rows)
+    called = labels(runs)
+    names = [name for name in order(runs) if name in rows]
+    trained = [name for name in names if not is_untrained(by_name(runs)[name][0])]
+    floors = [name for name in names if name not in trained]
+    if not trained:
+        return []
+    best, *others = trained
+    said = [f"{called[best]} is first of {len(trained)} by {NAMES[column]}: {mean(rows[best]):.1f} %."]
+    if not noise.freedom:
+        said.append("With one seed per row, nothing tells how much of a difference is noise.")
+    elif others:
+        level = [called[name] for name in others if not noise.separates(rows[best], rows[name])]
+        if level:
+            said.append(f"Within the seeds' noise of it: {', '.join(level)}.")
+        else:
+            said.append("It is ahead of every other row by more than the seeds' noise.")
+    for name in (name for name in others if by_name(runs)[name][0].summary.get("method") == "NEPA"):
+        line = f"{called[name]} is number {1 + trained.index(name)}, "
+        line += f"{mean(rows[best]) - mean(rows[name]):.1f} points behind"
+        if noise.freedom:
+            line += f", which is {'more than' if noise.separates(rows[best], rows[name]) else 'within the'} noise"
+        said.append(f"{line}.")
+    if floors:
+        floor = floors[0]
+        ahead = [name for name in trained if mean(rows[name]) > mean(rows[floor])]
+        clear = [name for name in ahead if noise.separates(rows[name], rows[floor])]
+        line = f"{'From scratch' if column == 'finetune' else 'Untrained'}, the best network reaches "
+        line += f"{mean(rows[floor]):.1f} %: {len(ahead)} of {len(trained)} are above it"
+        if noise.freedom:
+            line += f", {len(clear) or 'none'} by more than noise"
+        said.append(f"{line}.")
+    return said
