@@ -24,6 +24,8 @@ from nepa_plugin.commands.evaluation_options import Parser, add_options, options
 from nepa_plugin.commands.naming import command_line, command_parser, say_usage_error
 from nepa_plugin.comparison import Comparison, compare
 from nepa_plugin.comparison.report import accuracy_table, failures, write_report
+from nepa_plugin.comparison.report.searched import search_table
+from nepa_plugin.comparison.search import search
 
 
 @contextmanager
@@ -71,6 +73,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--title", default="Comparison of self-supervised methods")
     row = "an option of one row alone"
     parser.add_argument("--row", action="append", default=[], metavar="NAME:OPTION=VALUE", help=row)
+    trials = "trials per config, of its learning rate and one more option, on held-out training images; none by default"
+    parser.add_argument("--search", type=int, default=0, metavar="TRIALS", help=trials)
+    parser.add_argument("--search_seed", type=int, default=0, help="of the trials' choices and trainings")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
     evaluation = Parser(add_help=False)
     add_options(evaluation)
@@ -85,9 +90,13 @@ def main(args: list[str] | None = None) -> None:
         what = Comparison(
             given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs, own_options
         )
+        tables = []
         with _ended_by_signals():
+            if given.search:
+                what, found = search(what, given.search, given.search_seed)
+                tables.append(search_table(found))
             runs = compare(what)
-        write_report(runs, given.out, command_line("compare", args), given.title)
+        write_report(runs, given.out, command_line("compare", args), given.title, tables)
         console = Console(width=140, markup=False)
         console.print(accuracy_table(runs).as_rich())
         console.print(f"Report: {given.out / 'report.html'}, {given.out / 'report.md'}, {given.out / 'results.csv'}")

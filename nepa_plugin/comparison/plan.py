@@ -88,6 +88,7 @@ class Comparison:
         options: Of the evaluation.
         jobs: Runs that are trained at the same time, each with its share of the CPU's cores.
         rows: By the name of a row, the options of its evaluation where they are not ``options``.
+        floors: Add the backbones with fresh weights.
     """
 
     sources: Sequence[str]
@@ -99,6 +100,7 @@ class Comparison:
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     jobs: PositiveInt = 1
     rows: Mapping[str, EvaluationOptions] = field(default_factory=dict)
+    floors: bool = True
 
     def options_of(self, name: str) -> EvaluationOptions:
         """Return the options of a row's evaluation."""

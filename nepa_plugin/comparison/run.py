@@ -130,7 +130,7 @@ def _compare(what: Comparison, planned: list[tuple[Run, Path | None]], say: Say)
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()
         pool.shutdown()
-    for run in _untrained(runs, what):
+    for run in _untrained(runs, what) if what.floors else []:
         _evaluate(run, what, f"{run.name}, seed {run.seed}: ", say)
         runs.append(run)
     return runs

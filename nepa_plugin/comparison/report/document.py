@@ -24,7 +24,9 @@ from nepa_plugin.comparison.report.tables import Table, accuracy_table
 from nepa_plugin.comparison.report.verdict import verdict
 
 
-def write_report(runs: Sequence[Run], out: Path, command: str, title: str = "Comparison") -> None:
+def write_report(
+    runs: Sequence[Run], out: Path, command: str, title: str = "Comparison", others: Sequence[Table] = ()
+) -> None:
     """Write ``report.html`` (one self-contained file), ``report.md`` with ``figures/*.png``, and the numbers.
 
     These are ``results.csv`` (a row per run and protocol), ``tables.tex``, and ``methods.bib``.
@@ -34,6 +36,7 @@ def write_report(runs: Sequence[Run], out: Path, command: str, title: str = "Com
         out: Folder to write to; files of an earlier report are replaced.
         command: The command that made it, for the reader to repeat.
         title: Of the report.
+        others: Further tables, which come after the costs.
     """
     answer = verdict(runs)
     first = {"scores": ("Who is ahead", plot_scores(runs))} if answer else {}
@@ -53,7 +56,7 @@ def write_report(runs: Sequence[Run], out: Path, command: str, title: str = "Com
     accuracy = accuracy_table(runs)
     parts: list[Table | tuple[str, str]] = [accuracy] if accuracy.rows else []
     parts += [(name, caption) for name, (caption, _) in figures.items()]
-    parts[2:2] = cost_tables(runs)
+    parts[2:2] = [*cost_tables(runs), *others]
     if (published := published_table(runs)).rows:
         parts.append(published)
     equal, different = inequalities(runs)
