@@ -2,7 +2,7 @@
 
 For each config so many trials are trained on four fifths of the training images and scored on the other fifth: the
 config as it is, and others with a learning rate and one of the values that the method's paper tries. The best trial's
-options take the config's place in the comparison. What was found is kept in ``OUT/search.json`` and shown in the report.
+options take the config's place in the comparison. What was found is kept in ``OUT/search.json`` and in the report.
 """
 
 import math
