@@ -50,7 +50,8 @@ def validated(run_dir, images, batch_size, *more):
     """Two steps of 32 images, and a validation."""
     folders = "--data.train_dir", images / "train", "--data.val_dir", images / "val", "--data.demo", "null"
     once = "--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 1, *LOGGED
-    return arguments(run_dir, *folders, *once, "--data.batch_size_per_device", batch_size, *more)
+    size = "--data.batch_size_per_device", batch_size, "--global_batch_size", 32
+    return arguments(run_dir, *folders, *once, *size, *more)
 
 
 @pytest.fixture(scope="module")
