@@ -73,6 +73,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--title", default="Comparison of self-supervised methods")
     row = "an option of one row alone"
     parser.add_argument("--row", action="append", default=[], metavar="NAME:OPTION=VALUE", help=row)
+    config = (
+        "segment with every backbone, too, frozen and fine-tuned: a config of mmsegmentation, such as nepa_vit_b_camvid"
+    )
+    parser.add_argument("--segment", metavar="CONFIG", help=config)
     trials = "trials per config, of its learning rate and one more option, on held-out training images; none by default"
     parser.add_argument("--search", type=int, default=0, metavar="TRIALS", help=trials)
     parser.add_argument("--search_seed", type=int, default=0, help="of the trials' choices and trainings")
@@ -88,7 +92,16 @@ def main(args: list[str] | None = None) -> None:
         own_options = {name: options_of(evaluation, row) for name, row in rows.items()}
         protocols = [name.strip() for name in given.evaluate.split(",") if name.strip()]
         what = Comparison(
-            given.sources, given.out, given.data, protocols, given.seeds, overrides, options, given.jobs, own_options
+            given.sources,
+            given.out,
+            given.data,
+            protocols,
+            given.seeds,
+            overrides,
+            options,
+            given.jobs,
+            own_options,
+            segmentation=given.segment,
         )
         tables = []
         with _ended_by_signals():

@@ -89,6 +89,7 @@ class Comparison:
         jobs: Runs that are trained at the same time, each with its share of the CPU's cores.
         rows: By the name of a row, the options of its evaluation where they are not ``options``.
         floors: Add the backbones with fresh weights.
+        segmentation: An mmsegmentation config that every backbone is segmented with, frozen and fine-tuned.
     """
 
     sources: Sequence[str]
@@ -101,6 +102,7 @@ class Comparison:
     jobs: PositiveInt = 1
     rows: Mapping[str, EvaluationOptions] = field(default_factory=dict)
     floors: bool = True
+    segmentation: str | None = None
 
     def options_of(self, name: str) -> EvaluationOptions:
         """Return the options of a row's evaluation."""

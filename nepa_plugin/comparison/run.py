@@ -32,6 +32,7 @@ from nepa_plugin.comparison.plan import (
     plan,
     request_of,
 )
+from nepa_plugin.comparison.segment import MODES, check_segmentation, segment
 from nepa_plugin.data.evaluation import evaluation_images
 from nepa_plugin.data.files import content_fingerprint
 from nepa_plugin.evaluation import evaluate, read_results
@@ -100,11 +101,14 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
     """
     say = say or Console(highlight=False, soft_wrap=True, markup=False).print
     planned = plan(what)
+    config = check_segmentation(what.segmentation) if what.segmentation else None
     with lock_folder(what.out, "--out") or contextlib.nullcontext():
-        return _compare(what, planned, say)
+        return _compare(what, planned, config, say)
 
 
-def _compare(what: Comparison, planned: list[tuple[Run, Path | None]], say: Say) -> list[Run]:
+def _compare(
+    what: Comparison, planned: list[tuple[Run, Path | None]], segmentation: Path | None, say: Say
+) -> list[Run]:
     runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
     pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for the processes that train
     processes = Trainings()
@@ -123,6 +127,8 @@ def _compare(what: Comparison, planned: list[tuple[Run, Path | None]], say: Say)
                     run.error = in_words(error)
             if run.error is None:
                 _evaluate(run, what, place, say)
+            if run.error is None and segmentation is not None:
+                _segment(run, segmentation, place, say, processes)
             if run.error is not None:
                 say(f"{place}FAILED: {run.error}")
             runs.append(run)
@@ -130,10 +136,26 @@ def _compare(what: Comparison, planned: list[tuple[Run, Path | None]], say: Say)
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()
         pool.shutdown()
-    for run in _untrained(runs, what) if what.floors else []:
-        _evaluate(run, what, f"{run.name}, seed {run.seed}: ", say)
-        runs.append(run)
+    processes = Trainings()
+    try:
+        for run in _untrained(runs, what) if what.floors else []:
+            place = f"{run.name}, seed {run.seed}: "
+            _evaluate(run, what, place, say)
+            if run.error is None and segmentation is not None:
+                _segment(run, segmentation, place, say, processes)
+            runs.append(run)
+    finally:
+        processes.end()
     return runs
+
+
+def _segment(run: Run, config: Path, place: str, say: Say, processes: Trainings) -> None:
+    try:
+        run.results |= segment(run, config, processes.run, lambda line: say(f"{place}{line}"))
+    except (ValueError, OSError) as error:
+        run.error = in_words(error)
+        return
+    say(place + "  ".join(f"{column} {run.results[column]['mIoU']:.1f}" for column in MODES))
 
 
 def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int, processes: "Trainings") -> None:

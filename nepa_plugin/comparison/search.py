@@ -166,6 +166,7 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
             seeds=[seed],
             rows=rows,
             floors=False,
+            segmentation=None,
         ),
         say,
     )

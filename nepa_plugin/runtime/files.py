@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, whatever happens while they are written, and what a kill leaves over."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -81,6 +82,11 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write a JSON file at once or not at all."""
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a small file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def part_of(path: Path) -> Path:

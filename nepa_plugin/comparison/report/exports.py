@@ -8,7 +8,7 @@ from pathlib import Path
 from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.costs import training_pflop
 from nepa_plugin.comparison.report.methods import paper_of
-from nepa_plugin.comparison.report.scores import COLUMNS, best_readout, score
+from nepa_plugin.comparison.report.scores import COLUMNS, best_readout, metric, score
 from nepa_plugin.comparison.report.tables import Table
 
 COSTS = (
@@ -24,7 +24,7 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
     """
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        head = ["row", "method", "seed", "protocol", "top1", "where", "evaluation_seconds"]
+        head = ["row", "method", "seed", "protocol", "metric", "score", "where", "evaluation_seconds"]
         writer.writerow([*head, *COSTS, "training_pflop", "error"])
         for run in runs:
             paper = paper_of(run)
@@ -34,9 +34,11 @@ def write_csv(runs: Sequence[Run], path: Path) -> None:
             for column in scored if run.error is None else []:
                 best = best_readout(run) if column == "readout" else None
                 seconds = run.results[column].get("seconds", "")
-                writer.writerow([*about, column, score(run, column), best[1] if best else "", seconds, *cost])
+                writer.writerow(
+                    [*about, column, metric(column), score(run, column), best[1] if best else "", seconds, *cost]
+                )
             if run.error is not None or not scored:
-                writer.writerow([*about, "", "", "", "", *cost])
+                writer.writerow([*about, "", "", "", "", "", *cost])
 
 
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogFormatter
 from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.costs import compute_unit, finetuning_pflop, training_pflop
 from nepa_plugin.comparison.report.methods import NEXT, WHOLE, is_untrained, labels, paper_of
-from nepa_plugin.comparison.report.scores import COLUMNS, by_name, columns, order, primary, score, values
+from nepa_plugin.comparison.report.scores import COLUMNS, by_name, columns, metric, order, primary, score, values
 from nepa_plugin.comparison.report.statistics import Noise
 
 
@@ -58,7 +58,7 @@ def plot_scores(runs: Sequence[Run]) -> Figure:
         axes.plot(own[name], [place] * len(own[name]), "|", color=colour, markersize=9, alpha=0.7)
     axes.set_yticks(range(len(names)), [called[name] for name in names])
     axes.invert_yaxis()
-    what = f"{COLUMNS[column]}, top-1 %" if column else "top-1 %"
+    what = f"{COLUMNS[column]}, {'mIoU' if metric(column) == 'mIoU' else 'top-1'} %" if column else ""
     axes.set_xlabel(f"{what}: mean, 95 % interval, each seed" if noise.freedom else what)
     axes.grid(alpha=0.3, axis="x")
     return figure
@@ -163,7 +163,7 @@ def plot_compute(runs: Sequence[Run]) -> Figure:
             axes.tick_params(axis="x", which="both", labelsize=8)
     if shown:
         for row in grid:
-            row[0].set_ylabel("top-1 %")
+            row[0].set_ylabel("%")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
 

@@ -12,6 +12,8 @@ READOUT_POOLS = ("last", "mean", "concat")
 #: Columns in the order of what they decide, and their headings.
 COLUMNS = {
     "finetune": "fine-tuned",
+    "segmentation": "mIoU",
+    "segmentation_frozen": "mIoU, frozen",
     "readout": "best readout",
     "linear": "linear",
     "attentive": "attentive",
@@ -20,6 +22,8 @@ COLUMNS = {
 #: What the columns are called in a sentence.
 NAMES = COLUMNS | {
     "finetune": "fine-tuning",
+    "segmentation": "the mean IoU of segmentation",
+    "segmentation_frozen": "the mean IoU of segmentation with the backbone frozen",
     "readout": "the best frozen features",
     "linear": "the linear probe",
     "attentive": "the attentive probe",
@@ -50,12 +54,17 @@ def best_readout(run: Run) -> tuple[float, str] | None:
     return best.linear, f"{best.depth}, {best.pool}"
 
 
+def metric(column: str) -> str:
+    """Return what a column's scores are: ``top1`` or ``mIoU``."""
+    return "mIoU" if column.startswith("segmentation") else "top1"
+
+
 def score(run: Run, column: str) -> float | None:
-    """Return a run's top-1 accuracy in per cent, or nothing where it was not scored so."""
+    """Return a run's top-1 accuracy or mean IoU in per cent, or nothing where it was not scored so."""
     if column == "readout":
         best = best_readout(run)
         return best[0] if best else None
-    value = run.results.get(column, {}).get("top1")
+    value = run.results.get(column, {}).get(metric(column))
     return None if value is None else float(value)
 
 

@@ -84,6 +84,11 @@ def _accuracy_note(runs: Sequence[Run], noises: dict[str, Noise]) -> str:
             note += "It is chosen on a fifth of the training images, held out for that, in each run."
         else:
             note += "It is chosen on the validation images, for some rows at least, so it is an optimistic number."
+    if any("segmentation" in run.results for run in runs):
+        note += (
+            " Mean IoU in per cent on the validation images of the segmentation config, with a head of one convolution "
+            "on four depths: the whole network trained, and with the backbone frozen."
+        )
     if any("finetune" in run.results for run in runs if is_untrained(run)):
         note += " Fine-tuned, an untrained row is the same network trained from scratch."
     return note

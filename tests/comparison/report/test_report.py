@@ -188,13 +188,14 @@ def test_files(compared, tmp_path):
     write_report(compared, tmp_path, "python tools/compare.py a b", "A & B")
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 8 * 4 + 1 and rows[-1]["error"].startswith("out of memory") and rows[-1]["top1"] == ""
+    assert len(rows) == 8 * 4 + 1 and rows[-1]["error"].startswith("out of memory") and rows[-1]["score"] == ""
     for one in compared[:-1]:  # every number is the results' own
         own = {row["protocol"]: row for row in rows if (row["row"], row["seed"]) == (one.name, str(one.seed))}
         assert set(own) == {"finetune", "readout", "linear", "knn"}
+        assert {row["metric"] for row in own.values()} == {"top1"}
         for protocol in ("finetune", "linear", "knn"):
-            assert float(own[protocol]["top1"]) == one.results[protocol]["top1"]
-        assert (float(own["readout"]["top1"]), own["readout"]["where"]) == best_readout(one)
+            assert float(own[protocol]["score"]) == one.results[protocol]["top1"]
+        assert (float(own["readout"]["score"]), own["readout"]["where"]) == best_readout(one)
     assert float(rows[0]["training_pflop"]) == pytest.approx(0.00128) and rows[0]["method"] == "NEPA"
     markdown = (tmp_path / "report.md").read_text()
     assert markdown.splitlines()[2].startswith("MAE is first of 3 by fine-tuning: 93.0 %.")
