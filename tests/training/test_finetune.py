@@ -244,6 +244,16 @@ def test_from_scratch(start, three_digits, tmp_path):
     assert_same(fresh, tuned(tmp_path / "named").state_dict())  # one seed
 
 
+def test_bfloat16_and_recomputed_activations(whole, start, three_digits, tmp_path):
+    """What is meant for the GPU runs here, too: nearly the same losses, and weights in float32."""
+    options = ["--trainer.precision", "bf16-mixed", "--model.grad_checkpointing", "true", "--trainer.max_epochs", "1"]
+    run(start, three_digits, tmp_path / "run", *options)
+    assert summary(tmp_path / "run")["precision"] == "bf16-mixed"
+    expected = {step: loss for step, loss in curve(whole).items() if step < 3}
+    assert curve(tmp_path / "run") == pytest.approx(expected, abs=0.02)
+    assert all(value.dtype == torch.float32 for value in tuned(tmp_path / "run").state_dict().values())
+
+
 def test_the_last_weights_are_scored_where_no_epoch_ends(start, three_digits, tmp_path):
     run(start, three_digits, tmp_path / "run", "--trainer.max_steps", "4", "--trainer.check_val_every_n_epoch", "2")
     options = EvaluationOptions(accelerator="cpu", num_workers=0)
