@@ -39,6 +39,9 @@ from nepa_plugin.speed.memory import GIB
 from nepa_plugin.speed.run import RandomViews
 from nepa_plugin.training.cli import main as pretrain
 from nepa_plugin.training.configs import read_config
+from nepa_plugin.training.curves import read_metrics
+from nepa_plugin.training.finetune import base_config as finetune_base
+from nepa_plugin.training.finetune import main as finetune
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "data" / "nepa-toy-gelu"
@@ -192,6 +195,43 @@ def strategies(place: Place) -> dict[str, Any]:
     return found | each(options, measure)
 
 
+def finetuning(place: Place) -> dict[str, Any]:
+    """Ten steps of fine-tuning's own command, eager and compiled (losses within 1 %), and with mixup."""
+    size = json.dumps(
+        {"embed_dim": 64, "depth": 1 if place.toy else 4, "num_heads": 4, "img_size": 32, "patch_size": 4}
+    )
+    steps = 2 if place.toy else 10
+
+    def losses(name: str, *options: str) -> list[float]:
+        run_dir = place.folder / f"finetune-{name}"
+        finetune(
+            [
+                *("none", "--model.backbone", "nepa_vit_tiny_patch14_224", "--model.backbone_args", size),
+                *("--data", "digits", "--config", "vit_digits", "--run_dir", str(run_dir), "--data.num_workers", "2"),
+                *("--trainer.max_steps", str(steps), "--trainer.log_every_n_steps", "1"),
+                *("--trainer.accelerator", place.kind, "--trainer.devices", "1"),
+                *("--trainer.enable_model_summary", "false", "--trainer.enable_progress_bar", "false"),
+                *options,
+            ],
+            finetune_base(),
+        )
+        model = nepa_plugin.load_backbone(run_dir / "finetuned").to(place.device)
+        assert model(torch.zeros(2, 3, 32, 32, device=place.device)).shape == (2, 10)
+        return [value for _, value in read_metrics(run_dir / "metrics.csv")["train_loss"]]
+
+    plain = losses("eager")
+
+    def measure(name: str) -> str:
+        found = losses(name, *{"compiled": ["--compile", "true"], "mixed": ["--model.mixup", "0.8"]}[name])
+        if name == "mixed":
+            return f"{found[0]:.4g} -> {found[-1]:.4g}"
+        far = max(abs(one - other) for one, other in zip(plain, found, strict=True))
+        assert far < 0.01 * max(map(abs, plain)), f"losses differ by {far:.3g}: {found} and {plain}"
+        return f"largest difference {far:.2g}"
+
+    return {"eager": f"{plain[0]:.4g} -> {plain[-1]:.4g}"} | each(["compiled", "mixed"], measure)
+
+
 def pipelines(place: Place) -> dict[str, Any]:
     """The device pipeline (nvJPEG on CUDA) against the CPU's on JPEGs and PNGs: largest and mean difference."""
     from lightly.data import LightlyDataset
@@ -328,6 +368,7 @@ PARTS: list[Callable[[Place], dict[str, Any]]] = [
     waits,
     strategies,
     every_method,
+    finetuning,
     pipelines,
     steps,
     segmentation,

@@ -26,6 +26,7 @@ def test_all_parts_run_at_toy_size(tmp_path):
         "waits",
         "strategies",
         "every_method",
+        "finetuning",
         "pipelines",
         "steps",
         "segmentation",
