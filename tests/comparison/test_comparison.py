@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from holding import held
 from PIL import Image
 
 from nepa_plugin.comparison import Comparison, ComparisonError, compare
+from nepa_plugin.comparison import run as comparing
 from nepa_plugin.data import digits_folder
 from nepa_plugin.evaluation import EvaluationOptions
 
@@ -116,6 +118,31 @@ def test_goes_on_where_it_stopped(finished):
     assert any("simclr_digits, seed 0: evaluating" in line for line in lines)
     scores = [{r.name: r.results["knn"]["top1"] for r in rs if r.error is None} for rs in (runs, again)]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_every_row_is_segmented_and_one_that_fails_leaves_the_others(finished, monkeypatch):
+    """What ``tests/segmentation/test_transfer.py`` runs for one row."""
+    what, *_ = finished
+    asked = []
+
+    def segment(run, config, start, say):
+        asked.append((run.name, config))
+        if run.name == "simclr_digits":
+            raise ComparisonError("segmentation ended with status 1: no memory (see a.log)")
+        return {"segmentation_frozen": {"mIoU": 20.0}, "segmentation": {"mIoU": 40.0 + len(asked)}}
+
+    monkeypatch.setattr(comparing, "check_segmentation", Path)
+    monkeypatch.setattr(comparing, "segment", segment)
+    lines = []
+    runs = compare(replace(what, segmentation="scenes.py"), lines.append)
+    rows = ["nepa_digits", "simclr_digits", "untrained NepaViT bidirectional", "untrained NepaViT causal"]
+    assert asked == [(name, Path("scenes.py")) for name in rows]
+    good = {run.name: run for run in runs if run.error is None}
+    assert list(good) == [rows[0], *rows[2:]]
+    assert [run.results["segmentation"]["mIoU"] for run in good.values()] == [41.0, 43.0, 44.0]
+    assert set(good["nepa_digits"].results) == {"knn", "linear", "readout", "segmentation", "segmentation_frozen"}
+    assert any("simclr_digits, seed 0: FAILED: segmentation ended with status 1: no memory" in line for line in lines)
 
 
 @pytest.mark.slow
