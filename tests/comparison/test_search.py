@@ -81,8 +81,8 @@ def test_the_best_trial_is_taken_and_the_first_of_several():
 def test_a_search_and_the_comparison_after_it(tmp_path):
     what = comparison(tmp_path, NEPA, overrides=SHORT, protocols=["knn", "linear"])
     lines = []
-    chosen, found = search(what, 3, 0, lines.append)
-    assert found.column == "linear" and [trial.top1 is not None for trial in found.trials["nepa_digits"]] == [True] * 3
+    chosen, found = search(what, 2, 0, lines.append)
+    assert found.column == "linear" and [trial.top1 is not None for trial in found.trials["nepa_digits"]] == [True] * 2
     best = found.best("nepa_digits")
     config = read_config(chosen.sources[0])
     for name, value in best.options.items():
@@ -95,10 +95,10 @@ def test_a_search_and_the_comparison_after_it(tmp_path):
         assert json.loads((folder / "summary.json").read_text())["train_images"] == found.images[0]
     # again: nothing is trained, and the same is found
     again = []
-    assert search(what, 3, 0, again.append)[1] == found and not any(line.endswith(": training") for line in again)
-    assert sum(line.endswith(": training") for line in lines) == 3
+    assert search(what, 2, 0, again.append)[1] == found and not any(line.endswith(": training") for line in again)
+    assert sum(line.endswith(": training") for line in lines) == 2
     runs = compare(chosen, lambda line: None)
     assert [run.name for run in runs] == ["nepa_digits", "untrained NepaViT causal"]
     assert runs[0].summary["train_images"] == TRAINING_DIGITS
-    write_report(runs, what.out, "nepa compare --search 3", others=[search_table(found)])
+    write_report(runs, what.out, "nepa compare --search 2", others=[search_table(found)])
     assert "## Search" in (what.out / "report.md").read_text()
