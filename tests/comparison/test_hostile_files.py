@@ -63,8 +63,10 @@ def test_markup_in_names_does_not_stop_the_table(tmp_path, capsys):
     from rich.console import Console
 
     runs = [Run("[/bold] [red]x", 0, tmp_path, results={"knn": {"top1": 50.0}})]
-    Console(width=140).print(accuracy_table(runs).as_rich())
-    assert "[/bold] [red]x" in capsys.readouterr().out
+    for markup in (True, False):
+        Console(width=140, markup=markup).print(accuracy_table(runs).as_rich())
+        printed = capsys.readouterr().out
+        assert "[/bold] [red]x" in printed and "[bold]" not in printed.replace("[/bold] [red]x", "")
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 import rich.table
-from rich.markup import escape
+from rich.text import Text
 
 from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.methods import is_untrained, labels
@@ -34,12 +34,11 @@ class Table:
 
     def as_rich(self) -> rich.table.Table:
         """Return it for the terminal."""
-        table = rich.table.Table(title=self.heading, caption=self.note)
+        table = rich.table.Table(title=Text(self.heading), caption=Text(self.note))
         for i, title in enumerate(self.header):
-            table.add_column(title, justify="right" if i else "left")
-        for i, row in enumerate(self.rows):
-            cells = (escape(cell) for cell in row)
-            table.add_row(*(f"[bold]{cell}[/bold]" if (i, j) in self.best else cell for j, cell in enumerate(cells)))
+            table.add_column(Text(title), justify="right" if i else "left")
+        for i, row in enumerate(self.rows):  # names may look like markup, so none is read
+            table.add_row(*(Text(cell, "bold" if (i, j) in self.best else "") for j, cell in enumerate(row)))
         return table
 
 
