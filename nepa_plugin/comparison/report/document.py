@@ -50,7 +50,7 @@ def write_report(
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, (_, figure) in (first | figures).items():
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
+        figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         pictures[name] = buffer.getvalue()
         (out / "figures" / f"{name}.png").write_bytes(pictures[name])
     accuracy = accuracy_table(runs)

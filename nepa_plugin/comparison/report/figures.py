@@ -118,7 +118,7 @@ def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
             families.setdefault(paper.family if paper else "others", []).append(name)
     floors = [name for name in lines if is_untrained(groups[name][0])]
     panels = sorted(families, key=lambda family: (family != NEXT, family == WHOLE, family)) or ["untrained"]
-    figure = _figure(1.2 + 3.1 * len(panels), 4.4)
+    figure = _figure(1.2 + 3.1 * len(panels), 5.8)
     for i, (family, axes) in enumerate(
         zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True)
     ):
@@ -128,10 +128,10 @@ def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
         axes.tick_params(axis="x", labelsize=8, rotation=45)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.24))  # lines end anywhere
         if not i:
             what = "mean of the patch tokens" if pool == "mean" else f"{pool} token"
-            axes.set_ylabel(f"linear probe of the {what}, top-1 %")
+            axes.set_ylabel(f"linear probe of the {what}, top-1 %", fontsize=8)
     return figure
 
 
@@ -158,7 +158,7 @@ def plot_compute(runs: Sequence[Run]) -> Figure:
         for axes in (compute, time):
             axes.set_xscale("log")
             for axis_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-                axis_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # 3, not 3 x 10^0
+                axis_formatter(_PlainLogFormatter(minor_thresholds=(1.5, 0.5)))
             axes.grid(alpha=0.3, which="both")
             axes.tick_params(axis="x", which="both", labelsize=8)
     if shown:
@@ -166,6 +166,13 @@ def plot_compute(runs: Sequence[Run]) -> Figure:
             row[0].set_ylabel("%")
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     return figure
+
+
+class _PlainLogFormatter(LogFormatter):
+    """matplotlib's choice of which ticks are written, written as 0.3 and 3 instead of 3e-01 and 3 x 10^0."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _operations(run: Run, tuned: bool) -> float | None:
