@@ -48,7 +48,22 @@ FIXTURE = ROOT / "tests" / "data" / "nepa-toy-gelu"
 CONFIGS = ROOT / "lightly_configs"
 #: At toy size two stand for all: the tests train every method by the same command.
 TOY_METHODS = ["nepa", "ibot"]
-METHODS = ["nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae", "ijepa", "aim", "ibot"]
+METHODS = [
+    "nepa",
+    "simclr",
+    "mocov3",
+    "simsiam",
+    "byol",
+    "dino",
+    "lejepa",
+    "mae",
+    "ijepa",
+    "aim",
+    "ibot",
+    "beit",
+    "igpt",
+    "cpc",
+]
 #: What we are after, in results' words: share of the measured bf16 peak of a ViT-B step, and compiled over eager.
 GOALS = {"utilisation of ViT-B": 0.51, "compiled over eager": 1.3}
 PART_SECONDS = 150

@@ -286,8 +286,8 @@ def build_pipeline(name: PipelineName, transform: Callable[[Image.Image], list[T
     augmentation = crop_flip(transform)
     if augmentation is None:
         raise DataError(
-            f"data.pipeline {name} is for methods whose augmentation is one random crop and flip (NEPA, MAE, AIM, "
-            f"IJEPA); {method} does more. Use --data.pipeline pil."
+            f"data.pipeline {name} is for methods whose augmentation is one random crop and flip (NEPA, CPC, IGPT, "
+            f"MAE, AIM, IJEPA); {method} does more. Use --data.pipeline pil."
         )
     return {"tensor": TensorPipeline, "device": DevicePipeline}[name](augmentation)
 

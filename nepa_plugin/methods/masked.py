@@ -119,6 +119,18 @@ class SingleView:
             elif isinstance(step, T.RandomHorizontalFlip):
                 step.p = hflip_prob
 
+    def with_color_jitter(self, strength: float) -> "SingleView":
+        """Change brightness, contrast and saturation at random after crop and flip; returns itself.
+
+        Args:
+            strength: The factors lie within so much of 1; 0 adds nothing.
+        """
+        if strength:
+            steps = self.transform.transforms
+            flip = max(i for i, step in enumerate(steps) if isinstance(step, T.RandomHorizontalFlip))
+            steps.insert(flip + 1, T.ColorJitter(strength, strength, strength))
+        return self
+
     def __call__(self, image: Image.Image) -> list[Tensor]:
         """Return a list with the one view (3, H, W)."""
         return [self.transform(image)]

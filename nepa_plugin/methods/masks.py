@@ -227,6 +227,34 @@ class PatchMasks:
 
 
 @dataclass(frozen=True)
+class BlockwiseMasks:
+    """BEiT's masks: rectangles in every image, until a fraction of its patches is masked.
+
+    Attributes:
+        grid: Patches along a side.
+        mask_ratio: Fraction of the patches that is masked.
+        min_per_block: Smallest area of a rectangle in patches.
+    """
+
+    grid: int
+    mask_ratio: float
+    min_per_block: int
+
+    def __call__(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Draw the masks of a batch.
+
+        Args:
+            batch_size: Images.
+
+        Returns:
+            Which of the N patches are masked (B, N), and the indices of these into all B x N (M,).
+        """
+        ratios = (self.mask_ratio, self.mask_ratio)
+        masks = PatchMasks(self.grid, 1.0, ratios, self.min_per_block).draw(batch_size).flatten(1)
+        return masks, masks.flatten().nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
 class PrefixMasks:
     """AIM's prefixes of 1 ... N - 1 of the N patches.
 

@@ -1,21 +1,17 @@
 """NEPA: predict the next patch's embedding under a causal mask (arXiv 2512.16922)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nepa_plugin.analysis.collapse import effective_rank, mean_pairwise_cosine
 from nepa_plugin.data.transforms import NEPATransform
 from nepa_plugin.loss import NextEmbeddingLoss
-from nepa_plugin.methods.base import Method
-from nepa_plugin.predictor import NepaViT
-from nepa_plugin.runtime.ranges import Fraction, Scale
+from nepa_plugin.methods.causal import CausalMethod
 
 
-class NEPA(Method):
+class NEPA(CausalMethod):
     """Next-Embedding Predictive Autoregression with the published recipe as defaults.
 
     A drop-in for lightly's benchmark harness: ``NEPA(batch_size_per_device=..., num_classes=...)`` with the
@@ -24,42 +20,19 @@ class NEPA(Method):
     Args:
         shift: Predict the next embedding; ``False`` predicts the same one (an ablation).
         stop_gradient: Detach the targets; ``False`` lets them collapse (an ablation).
-        attention: ``"causal"``, or ``"bidirectional"`` (an ablation).
-        crop_scale: Range of the random crop's area as a fraction of the image.
-        hflip_prob: Probability of a horizontal flip.
-        **kwargs: Arguments of :class:`~nepa_plugin.methods.base.Method`.
+        **kwargs: Arguments of :class:`~nepa_plugin.methods.causal.CausalMethod`.
 
     Raises:
         ValueError: If the backbone is not a ``nepa_vit_*`` model, or sizes do not fit.
     """
 
+    title = "NEPA"
     #: Tokens among which the collapse diagnostics are computed.
     DIAGNOSTIC_TOKENS = 1024
 
-    def __init__(
-        self,
-        *args: Any,
-        shift: bool = True,
-        stop_gradient: bool = True,
-        attention: str = "causal",
-        crop_scale: Scale = (0.08, 1.0),
-        hflip_prob: Fraction = 0.5,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, shift: bool = True, stop_gradient: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backbone.set_attention(attention)
         self.criterion = NextEmbeddingLoss(shift=shift, stop_gradient=stop_gradient)
-        self.crop_scale = crop_scale
-        self.hflip_prob = hflip_prob
-
-    def prepare_backbone(self, loaded: bool) -> None:
-        """Check that the backbone predicts embeddings."""
-        if not isinstance(self.backbone, NepaViT):
-            raise ValueError("NEPA needs a nepa_vit_* backbone: its predictions come from a causal transformer.")
-
-    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
-        """Return the published augmentation at this model's image size."""
-        return NEPATransform(self.img_size, self.crop_scale, self.hflip_prob, self.mean, self.std)
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the next-embedding loss of the one view (B, C, H, W), and its features (B, D)."""

@@ -22,8 +22,10 @@ from nepa_plugin.speed.written_out import WrittenOut
 #: The contenders that are no method, in a bare PyTorch loop: timm's own ``Eva`` of the same size, and NEPA's step
 #: without any fused kernel.
 PLAIN = ("timm", "written-out")
+#: Methods that train the NEPA predictor causally, unless a case says otherwise.
+CAUSAL = ("nepa", "cpc", "igpt")
 #: Methods whose ImageNet configs train the NEPA predictor; the masked ones take the plain ViT of the same size.
-ON_PREDICTOR = ("nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa")
+ON_PREDICTOR = (*CAUSAL, "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa")
 NAMES: dict[str, type[Method]] = {
     cls.__name__.lower(): cls
     for cls in (getattr(methods, name) for name in methods.__all__)
@@ -43,7 +45,7 @@ class Case:
         batch_size: Images per device and step.
         precision: Lightning's name, such as ``"bf16-mixed"`` or ``"32-true"``.
         compiled: Whether ``torch.compile`` is used.
-        attention: NEPA's, ``"causal"`` or ``"bidirectional"``; the others have ``"bidirectional"``.
+        attention: NEPA's, CPC's and iGPT's, ``"causal"`` or ``"bidirectional"``; the others have ``"bidirectional"``.
         depth: Blocks, where not the model's own.
         grad_checkpointing: Whether activations are recomputed.
         pipeline: The data module's pipeline, where images are read.
@@ -81,7 +83,7 @@ class Case:
     def label(self) -> str:
         """The case in words."""
         parts = [self.contender, self.model, f"{self.img_size}px", f"batch {self.batch_size}", self.precision]
-        parts += [self.attention] if self.contender in ("nepa", "written-out") else []
+        parts += [self.attention] if self.contender in (*CAUSAL, "written-out") else []
         parts += [f"depth {self.depth}"] if self.depth else []
         parts += [self.pipeline] if self.pipeline != "pil" else []
         parts += ["compiled"] if self.compiled else []
@@ -103,7 +105,7 @@ class Case:
             backbone_args=extra,
             grad_checkpointing=self.grad_checkpointing,
         )
-        if isinstance(method, methods.NEPA):
+        if self.contender in CAUSAL:
             method.backbone.set_attention(self.attention)
         return method
 
@@ -162,7 +164,7 @@ def cases(compare: Sequence[str] = (), **choices: Sequence[Any]) -> list[Case]:
     for contender in ("nepa", *compare):
         for values in itertools.product(*choices.values()):
             chosen = dict(zip(choices, values, strict=True))
-            if contender != "nepa":
+            if contender not in (*CAUSAL, "written-out"):
                 chosen["attention"] = "bidirectional"
             case = Case(contender, **chosen)
             if case not in found:

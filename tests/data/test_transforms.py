@@ -23,13 +23,14 @@ SMALL = {
     ("name", "interpolation"),
     [
         *(("NEPA", InterpolationMode.BILINEAR), ("MAE", InterpolationMode.BICUBIC)),
+        *(("CPC", InterpolationMode.BILINEAR), ("IGPT", InterpolationMode.BILINEAR)),
         *(("AIM", InterpolationMode.BICUBIC), ("IJEPA", InterpolationMode.BICUBIC)),
-        *((name, None) for name in ("SimCLR", "MoCoV3", "SimSiam", "BYOL", "DINO", "IBOT", "LeJEPA")),
+        *((name, None) for name in ("SimCLR", "MoCoV3", "SimSiam", "BYOL", "DINO", "IBOT", "LeJEPA", "BEiT")),
     ],
 )
 def test_which_methods_have_one_crop_and_flip(name, interpolation):
-    arguments = SMALL | ({"backbone": "nepa_vit_tiny_patch14_224"} if name == "NEPA" else {})
-    arguments |= {"min_keep": 4} if name == "IJEPA" else {}
+    arguments = SMALL | ({"backbone": "nepa_vit_tiny_patch14_224"} if name in ("NEPA", "CPC", "IGPT") else {})
+    arguments |= {"IJEPA": {"min_keep": 4}, "BEiT": {"min_per_block": 4}}.get(name, {})
     method = getattr(nepa_plugin.methods, name)(8, 10, **arguments)
     augmentation = crop_flip(method.train_transform())
     if interpolation is None:

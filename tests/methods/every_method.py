@@ -12,7 +12,22 @@ from nepa_plugin.training.cli import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"
-METHODS = ["nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae", "ijepa", "aim", "ibot"]
+METHODS = [
+    "nepa",
+    "simclr",
+    "mocov3",
+    "simsiam",
+    "byol",
+    "dino",
+    "lejepa",
+    "mae",
+    "ijepa",
+    "aim",
+    "ibot",
+    "beit",
+    "igpt",
+    "cpc",
+]
 #: Methods with a momentum encoder; of these, DINO, iBOT and I-JEPA export it.
 MOMENTUM = {"mocov3", "byol", "dino", "ibot", "ijepa"}
 #: Methods with BatchNorm in a head.

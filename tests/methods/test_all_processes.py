@@ -76,7 +76,7 @@ def test_two_processes_follow_one(name, whole, two_processes):
     assert_same(state(whole[name]), state(two_processes / name))
 
 
-@pytest.mark.parametrize("name", ["nepa", "simsiam", "byol", "mae", "ijepa", "aim"])
+@pytest.mark.parametrize("name", ["nepa", "simsiam", "byol", "mae", "ijepa", "aim", "beit", "igpt", "cpc"])
 def test_two_processes_are_two_halves_of_a_batch(name, two_processes, tmp_path, monkeypatch):
     """Where images are not compared over the batch: one process with the halves one after the other does the same."""
     # each half draws the masks that its process draws

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from every_method import METHODS
 from PIL import Image
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,7 @@ from nepa_plugin.training.configs import read_config
 from nepa_plugin.training.curves import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "lightly_configs"
-NAMES = ["nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae", "ijepa", "aim", "ibot"]
+NAMES = METHODS
 SIZE = {"embed_dim": 64, "depth": 3, "num_heads": 2}
 
 

@@ -61,6 +61,13 @@ OPERATIONS = {
     "mae": 3 * (blocks(1 + 16) + layers(D, D) * (1 + 16) + blocks(1 + PATCHES, 2) + layers(D, PIXELS) * 48)
     + 2 * embedding(),
     "aim": WHOLE_VIEW,
+    "beit": WHOLE_VIEW,
+    # the colours of 2x2 pixels in each patch, and the nearest of 32 for each
+    "igpt": WHOLE_VIEW + PATCHES * (3 * layers(D, 4 * 32) + 4 * layers(3, 32)),
+    # five patches ahead, each found among 255
+    "cpc": WHOLE_VIEW
+    + PATCHES * 3 * layers(D, 5 * D)
+    + sum(PATCHES - ahead for ahead in range(1, 6)) * 3 * layers(D, 255),
     "ibot": DINO,
 }
 #: Method -> parts of the network beside the backbone that are trained and thrown away, and their parameters.
@@ -88,6 +95,9 @@ DISCARDED = {
     ),
     "ijepa": ({"predictor"}, 2 * 65 * 64 + 64 + 2 * (12 * D * D + 13 * D) + NORM * D),
     "aim": ({"head"}, D * 128 + 2 * (NORM * 128 + 2 * 128 * 512) + NORM * 128 + 128 * PIXELS),
+    "beit": ({"head", "mask_token"}, (D + 1) * 256 + D),
+    "igpt": ({"head"}, (D + 1) * 4 * 32),
+    "cpc": ({"predictors"}, D * 5 * D),
     "ibot": ({"head", "mask_token"}, (D + 1) * 256 + 257 * 256 + 257 * 64 + 64 * 256 + D),
 }
 #: Method -> views, passes through an encoder, and tokens in these.
@@ -102,6 +112,9 @@ PASSES = {
     "mae": (1, 1, 17),
     "ijepa": (1, 2, 65),  # and the context
     "aim": (1, 1, 65),
+    "beit": (1, 1, 65),
+    "igpt": (1, 1, 65),
+    "cpc": (1, 1, 65),
     "ibot": (4, 6, 4 * 65 + 2 * 17),
 }
 
@@ -137,6 +150,8 @@ def test_cost(name):
         operations = OPERATIONS[name]
     if name == "aim":  # the head predicts the patches after the prefix
         operations += 3 * layers(D, 128, 512, 128, 512, 128, PIXELS) * drawn[0][0].sum().item() / BATCH
+    if name == "beit":  # the masked patches: their ids, and their ids' prediction
+        operations += (layers(PIXELS, 256) + 3 * layers(D, 256)) * drawn[0][0].sum().item() / BATCH
     if name == "ibot":  # the teacher's head and the student's see the masked patches, too
         operations += 4 * PROTOTYPE_HEAD * drawn[0][0].sum().item() / BATCH
     assert cost.gflops * 1e9 == pytest.approx(operations, rel=1e-9)

@@ -81,7 +81,7 @@ def test_a_step_waits_for_nothing(name, device):
     """Forward and backward pass, clipping, the optimizer's step, the momentum encoder's and the moving average's."""
     method = built(name).train()
     size = method.img_size
-    sizes = [size] * {"nepa": 1, "mae": 1, "ijepa": 1, "aim": 1}.get(name, 2)
+    sizes = [size] * {"nepa": 1, "mae": 1, "ijepa": 1, "aim": 1, "beit": 1, "igpt": 1, "cpc": 1}.get(name, 2)
     if isinstance(method, MultiCrop):
         sizes += [method.local_crop_size] * method.num_local_crops
     masks = [] if method.masks is None else [method.masks(BATCH)]

@@ -15,6 +15,7 @@ SMALL = {
     "DINO": {"output_dim": 24, "hidden_dim": 16, "bottleneck_dim": 8},
     "IBOT": {"output_dim": 24, "hidden_dim": 16, "bottleneck_dim": 8},
     "AIM": {"head_dim": 16, "head_blocks": 1},
+    "BEiT": {"codebook_size": 16, "min_per_block": 4},
     "MAE": {"decoder_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2},
 }
 #: What the recipes differ in, per method: base_lr, min_lr, weight_decay, final_weight_decay, betas, warm-up, clipping.
@@ -30,6 +31,9 @@ RECIPES = {
     "LeJEPA": (5e-4, 5e-7, 0.05, None, (0.9, 0.999), 0.01, 0.0, 0.0),
     "MAE": (1.5e-4, 0.0, 0.05, None, (0.9, 0.95), 0.025, 0.0, 0.0),
     "IJEPA": (1.25e-4, 1e-6, 0.04, 0.4, (0.9, 0.999), 0.025, 0.0, 0.0),
+    "CPC": (3e-4, 0.0, 0.05, None, (0.9, 0.95), 0.025, 1.0, None),
+    "IGPT": (6e-3, 0.0, 0.0, None, (0.9, 0.95), 0.01, 1.0, None),
+    "BEiT": (1.875e-4, 1e-5, 0.05, None, (0.9, 0.999), 0.0125, 3.0, 0.0),
     "AIM": (6.25e-5, 0.0, 0.05, None, (0.9, 0.95), 0.0625, 1.0, 0.0),
 }
 NUMBERS = ("base_lr", "min_lr", "weight_decay", "final_weight_decay", "betas", "warmup_fraction")
@@ -54,7 +58,7 @@ def test_the_command_line_has_every_option_with_its_meaning_and_the_recipes_valu
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_is_rebuilt_from_its_hyperparameters(name):
     cls = getattr(methods, name)
-    backbone = "nepa_vit_tiny_patch14_224" if name == "NEPA" else "plain_vit_tiny_patch14_224"
+    backbone = "nepa_vit_tiny_patch14_224" if name in ("NEPA", "CPC", "IGPT") else "plain_vit_tiny_patch14_224"
     given = {"backbone": backbone, "img_size": 32, "patch_size": 4, "backbone_args": SIZE, "num_classes": 3}
     given |= {"drop_path_rate": 0.25, "base_lr": 1.5, **SMALL.get(name, {})}
     torch.manual_seed(0)

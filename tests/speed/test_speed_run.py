@@ -84,7 +84,22 @@ def test_errors(args, message, monkeypatch, capsys):
 
 
 def test_every_contender_is_built():
-    for name in ("nepa", "simclr", "mocov3", "simsiam", "byol", "dino", "lejepa", "mae", "ijepa", "aim", "ibot"):
+    for name in (
+        "nepa",
+        "simclr",
+        "mocov3",
+        "simsiam",
+        "byol",
+        "dino",
+        "lejepa",
+        "mae",
+        "ijepa",
+        "aim",
+        "ibot",
+        "beit",
+        "igpt",
+        "cpc",
+    ):
         method = Case(name, model="tiny", depth=1, attention="bidirectional").method()
         assert type(method).__name__.lower() == name and len(method.backbone.blocks) == 1
         assert method.backbone.embed_dim == 192

@@ -13,9 +13,10 @@ class Paper:
     Attributes:
         label: What the method is called.
         family: What kind of method it is.
-        arxiv: The paper's number.
+        arxiv: The paper's number, or ``""`` where it is elsewhere.
         title: Of the paper.
         authors: As BibTeX has them.
+        venue: Where a paper without a number was published, and the year.
     """
 
     label: str
@@ -23,24 +24,32 @@ class Paper:
     arxiv: str
     title: str
     authors: str
+    venue: tuple[str, int] | None = None
+
+    @property
+    def year(self) -> int:
+        """The year of the paper."""
+        return self.venue[1] if self.venue else 2000 + int(self.arxiv[:2])
 
     @property
     def key(self) -> str:
         """The BibTeX key."""
         name = self.authors.split(",")[0].lower().replace(" ", "").replace("-", "")
-        return f"{name}20{self.arxiv[:2]}{self.label.lower().replace(' ', '').replace('-', '')}"
+        return f"{name}{self.year}{self.label.lower().replace(' ', '').replace('-', '')}"
 
     def bibtex(self) -> str:
         """Return the BibTeX entry."""
         fields = {
             "title": f"{{{self.title}}}",
             "author": self.authors,
-            "year": f"20{self.arxiv[:2]}",
-            "eprint": self.arxiv,
-            "archivePrefix": "arXiv",
+            "year": str(self.year),
         }
+        if self.venue:
+            fields["booktitle"] = self.venue[0]
+        else:
+            fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
         lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
-        return f"@misc{{{self.key},\n{lines}\n}}\n"
+        return f"@{'inproceedings' if self.venue else 'misc'}{{{self.key},\n{lines}\n}}\n"
 
 
 WHOLE, MASKED, NEXT = "whole images", "masked parts", "what comes next"
@@ -60,6 +69,28 @@ PAPERS: dict[str, Paper] = {
         "2401.08541",
         "Scalable Pre-training of Large Autoregressive Image Models",
         "El-Nouby, Alaaeldin and others",
+    ),
+    "IGPT": Paper(
+        "iGPT",
+        NEXT,
+        "",
+        "Generative Pretraining from Pixels",
+        "Chen, Mark and Radford, Alec and Child, Rewon and Wu, Jeff and Jun, Heewoo and Luan, David and Sutskever, Ilya",
+        ("International Conference on Machine Learning", 2020),
+    ),
+    "CPC": Paper(
+        "CPC",
+        NEXT,
+        "1807.03748",
+        "Representation Learning with Contrastive Predictive Coding",
+        "van den Oord, Aaron and Li, Yazhe and Vinyals, Oriol",
+    ),
+    "BEiT": Paper(
+        "BEiT",
+        MASKED,
+        "2106.08254",
+        "BEiT: BERT Pre-Training of Image Transformers",
+        "Bao, Hangbo and Dong, Li and Piao, Songhao and Wei, Furu",
     ),
     "MAE": Paper(
         "MAE",
