@@ -8,14 +8,14 @@ SEG_RUN ?= runs/demo_segmentation
 SEG_CONFIG := mmseg_configs/nepa_tiny_digits_seg.py
 
 COMPARISON ?= runs/comparison
-METHODS := nepa simclr mocov3 simsiam byol dino lejepa mae ijepa aim ibot
+METHODS := nepa simclr mocov3 simsiam byol dino lejepa mae beit ijepa ibot aim igpt cpc
 
 .PHONY: help setup demo compare segment-demo test test-fast lint docs clean
 help:
 	@echo "make setup      create .venv and install everything (once; several GB, some minutes)"
 	@echo "make demo       pretrain NEPA on handwritten digits and look at what it learned (under ten minutes)"
 	@echo "make segment-demo   the same, then segmentation of scenes of digits in mmsegmentation (ten minutes)"
-	@echo "make compare    eleven methods on the digits, the same ViT and epochs, two seeds, and a report (under an hour)"
+	@echo "make compare    fourteen methods on the digits, searched, fine-tuned, three seeds, and a report (hours)"
 	@echo "make test       run all tests          make test-fast   without the slow ones"
 	@echo "make docs       build the documentation's site into site/"
 	@echo "make lint       ruff and mypy          make clean       remove the environments"
@@ -35,8 +35,9 @@ demo: setup
 	@$(BIN)/nepa demo --run_dir $(RUN)
 
 compare: setup
-	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 --jobs 2 \
-		--evaluate knn,linear,attentive,readout --out $(COMPARISON) --title "Eleven methods on handwritten digits"
+	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 2 --jobs 2 --search 3 \
+		--evaluate finetune,readout,knn,linear --recipe vit_digits --finetune.epochs 10 --out $(COMPARISON) \
+		--title "Fourteen methods on handwritten digits"
 
 segment-demo: setup
 	test -d $(RUN)/backbone || \

@@ -36,7 +36,7 @@ KNOBS: dict[str, tuple[str, list[Any]]] = {
     "MAE": ("mask_ratio", [0.5, 0.6, 0.75, 0.85]),
     "AIM": ("crop_scale", [[0.2, 1.0], [0.4, 1.0], [0.6, 1.0]]),
     "BEiT": ("mask_ratio", [0.3, 0.4, 0.5]),
-    "IGPT": ("pixels", [1, 2]),
+    "IGPT": ("crop_scale", [[0.2, 1.0], [0.34, 0.77], [0.5, 1.0]]),
     "CPC": ("horizon", [2, 5, 8]),
     "IJEPA": ("target_scale", [[0.125, 0.15], [0.15, 0.2], [0.2, 0.25]]),
     "IBOT": ("mask_ratio", [[0.1, 0.3], [0.1, 0.5], [0.3, 0.5]]),

@@ -101,7 +101,10 @@ OPTIONS = [
     (["--model.init_from", "other.ckpt"], "other.ckpt holds no 'state_dict'"),
     (["--model.init_from", "larger"], "larger does not fit NepaViT; nothing was loaded. unexpected: blocks.2."),
     # the model
-    (["--model", "Nope"], "model: there is no method Nope; the methods are AIM, BYOL, DINO, IBOT, IJEPA, LeJEPA"),
+    (
+        ["--model", "Nope"],
+        "model: there is no method Nope; the methods are AIM, BEiT, BYOL, CPC, DINO, IBOT, IGPT, IJEPA, LeJEPA",
+    ),
     (["--model", "nepa_plugin.methods.Nope"], "model: there is no method nepa_plugin.methods.Nope; the methods are"),
     (["--model", "os.path.join"], "model: there is no method os.path.join; the methods are"),
     (["--model.backbone", "nope"], "backbone='nope' is not a timm model: Unknown model (nope)"),

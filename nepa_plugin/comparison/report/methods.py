@@ -75,7 +75,8 @@ PAPERS: dict[str, Paper] = {
         NEXT,
         "",
         "Generative Pretraining from Pixels",
-        "Chen, Mark and Radford, Alec and Child, Rewon and Wu, Jeff and Jun, Heewoo and Luan, David and Sutskever, Ilya",
+        "Chen, Mark and Radford, Alec and Child, Rewon and Wu, Jeffrey and Jun, Heewoo and Luan, David and Sutskever, "
+        "Ilya",
         ("International Conference on Machine Learning", 2020),
     ),
     "CPC": Paper(
