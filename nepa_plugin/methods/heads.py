@@ -1,10 +1,11 @@
-"""Projection heads."""
+"""Projection and prediction heads."""
 
 import warnings
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from lightly.models.modules.heads import DINOProjectionHead
+from lightly.models.modules.heads import DINOProjectionHead, SimSiamPredictionHead
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -48,3 +49,32 @@ class PrototypeHead(DINOProjectionHead):
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits: Tensor = self.last_layer(F.normalize(x.float(), dim=-1))
         return logits
+
+
+class TokenHead(nn.Module):
+    """A prediction head on every token, as wide as the tokens.
+
+    Args:
+        kind: ``"mlp"``: Linear, LayerNorm and GELU twice, then Linear. ``"simsiam"``: SimSiam's prediction head with
+            its bottleneck of a quarter of the width and BatchNorm over all tokens of the batch (arXiv 2011.10566).
+        dim: Width of a token, D.
+
+    Raises:
+        ValueError: If there is no such kind.
+    """
+
+    def __init__(self, kind: Literal["mlp", "simsiam"], dim: int) -> None:
+        super().__init__()
+        self.layers: nn.Module
+        if kind == "mlp":
+            hidden = [layer for _ in range(2) for layer in (nn.Linear(dim, dim), nn.LayerNorm(dim), nn.GELU())]
+            self.layers = nn.Sequential(*hidden, nn.Linear(dim, dim))
+        elif kind == "simsiam":
+            self.layers = SimSiamPredictionHead(dim, max(1, dim // 4), dim)
+        else:
+            raise ValueError(f"predictor_head={kind!r} is none of none, mlp and simsiam.")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return predictions (B, T, D) of tokens (B, T, D)."""
+        # BatchNorm takes (N, D)
+        return self.layers(tokens.flatten(0, 1)).view_as(tokens)

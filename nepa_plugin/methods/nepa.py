@@ -1,6 +1,6 @@
 """NEPA: predict the next patch's embedding under a causal mask (arXiv 2512.16922)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from nepa_plugin.analysis.collapse import effective_rank, mean_pairwise_cosine
 from nepa_plugin.data.transforms import NEPATransform
 from nepa_plugin.loss import NextEmbeddingLoss
 from nepa_plugin.methods.causal import CausalMethod
+from nepa_plugin.methods.heads import TokenHead
 
 
 class NEPA(CausalMethod):
@@ -20,6 +21,9 @@ class NEPA(CausalMethod):
     Args:
         shift: Predict the next embedding; ``False`` predicts the same one (an ablation).
         stop_gradient: Detach the targets; ``False`` lets them collapse (an ablation).
+        predictor_head: A network between the transformer's outputs and the loss, which is thrown away after
+            pretraining: ``"mlp"``, ``"simsiam"`` (:class:`~nepa_plugin.methods.heads.TokenHead`), or ``"none"``, as
+            published.
         **kwargs: Arguments of :class:`~nepa_plugin.methods.causal.CausalMethod`.
 
     Raises:
@@ -30,16 +34,25 @@ class NEPA(CausalMethod):
     #: Tokens among which the collapse diagnostics are computed.
     DIAGNOSTIC_TOKENS = 1024
 
-    def __init__(self, *args: Any, shift: bool = True, stop_gradient: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        shift: bool = True,
+        stop_gradient: bool = True,
+        predictor_head: Literal["none", "mlp", "simsiam"] = "none",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.criterion = NextEmbeddingLoss(shift=shift, stop_gradient=stop_gradient)
+        self.predictor_head = None if predictor_head == "none" else TokenHead(predictor_head, self.backbone.embed_dim)
 
     def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the next-embedding loss of the one view (B, C, H, W), and its features (B, D)."""
-        embeddings, predictions = self.backbone.predict_next(views[0])
+        embeddings, outputs = self.backbone.predict_next(views[0])
         if self.is_logging_step:
             self._log_collapse(embeddings)
-        return self.criterion(embeddings, predictions), self.pooled(predictions)
+        predictions = outputs if self.predictor_head is None else self.predictor_head(outputs)
+        return self.criterion(embeddings, predictions), self.pooled(outputs)
 
     @torch.no_grad()
     def _log_collapse(self, embeddings: Tensor) -> None:

@@ -23,6 +23,47 @@ def nepa(**kwargs):
     return NEPA(**(args | {"num_classes": 3} | kwargs))
 
 
+# -- the predictor head ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_head_nothing_is_added():
+    model = nepa()
+    assert {name.split(".")[0] for name in model.state_dict()} == {"backbone", "online_classifier"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters"), [("mlp", 3 * 65 * 64 + 2 * 128), ("simsiam", 64 * 16 + 2 * 16 + 17 * 64)]
+)
+def test_a_head_is_between_the_outputs_and_the_loss_and_not_exported(kind, parameters, tmp_path):
+    model = nepa(predictor_head=kind).eval()  # in training, positions are rescaled at random
+    assert sum(p.numel() for p in model.predictor_head.parameters()) == parameters
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    loss, features = model.step([images])
+    embeddings, outputs = model.backbone.predict_next(images)
+    layers = model.predictor_head.layers if kind == "mlp" else model.predictor_head.layers.layers
+    predictions = outputs.reshape(-1, 64)
+    for layer in layers:
+        predictions = layer(predictions)
+    predictions = predictions.view(4, 17, 64)
+    targets = embeddings[:, 1:].detach()
+    cosine = (predictions[:, :-1] * targets).sum(-1) / (predictions[:, :-1].norm(dim=-1) * targets.norm(dim=-1))
+    torch.testing.assert_close(loss, -cosine.mean())
+    torch.testing.assert_close(features, outputs[:, 1:].mean(dim=1))
+    named = dict(model.backbone.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    expected = torch.autograd.grad(-cosine.mean(), list(named.values()), allow_unused=True)
+    assert sum(gradient is not None for gradient in found) > 10
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+    nepa_plugin.save_backbone(model.backbone, tmp_path)
+    assert not any("head" in key for key in nepa_plugin.load_backbone(tmp_path).state_dict())
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="predictor_head='linear' is none of none, mlp and simsiam"):
+        nepa(predictor_head="linear")
+
+
 # -- optimizer ---------------------------------------------------------------------------------------------------------
 
 
