@@ -216,6 +216,8 @@ def _write(folder: Path, name: str, config: dict[str, Any], options: dict[str, A
 def _held_out(what: Comparison) -> tuple[Path, tuple[int, int]]:
     """Return a folder of links to the training images: every fifth of each class to score, the others to train on."""
     images, _ = evaluation_images(what.data, what.options.max_image_pixels)
+    if not hasattr(images.dataset, "samples"):
+        raise ComparisonError("--search divides a folder of images, not a table: leave --search out.")
     folder = what.out / "search" / "data"
     classes: dict[str, list[Path]] = {name: [] for name in images.dataset.classes}
     for path, target in images.dataset.samples:

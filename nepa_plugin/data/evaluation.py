@@ -10,14 +10,26 @@ from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
 from nepa_plugin.data.errors import DataError
-from nepa_plugin.data.files import MAX_PIXELS, class_names, image_folder
+from nepa_plugin.data.files import MAX_PIXELS, class_names
 from nepa_plugin.data.samples import SeededDataset
+from nepa_plugin.data.tables import TRAIN, VAL, open_images, table_splits
 from nepa_plugin.data.transforms import CropMode, NEPATransform, eval_transform
 
 
 def evaluation_folders(source: str | Path) -> tuple[Path, Path]:
-    """Return the folders of training and validation images; ``test`` is taken where there is no ``val``."""
+    """Return the folders of training and validation images; ``test`` is taken where there is no ``val``.
+
+    Both are the folder itself where it is a table with splits.
+
+    Raises:
+        DataError: If it is a table without both splits.
+    """
     root = digits_folder() if str(source) == "digits" else Path(source)
+    if splits := table_splits(root):
+        if not set(TRAIN) & set(splits) or not set(VAL) & set(splits):
+            found = ", ".join(name for name in splits if name) or "none"
+            raise DataError(f"{root}: this table needs the splits train and validation, but has {found}.")
+        return root, root
     val = root / "test" if (root / "test").is_dir() and not (root / "val").is_dir() else root / "val"
     return root / "train", val
 
@@ -26,7 +38,8 @@ def evaluation_images(source: str | Path, max_pixels: int = MAX_PIXELS) -> tuple
     """Open labelled training and validation images.
 
     Args:
-        source: ``"digits"`` for the embedded images, or a folder that holds ``train`` and ``val`` (or ``test``).
+        source: ``"digits"`` for the embedded images, a folder that holds ``train`` and ``val`` (or ``test``), or a
+            table with such splits (:mod:`~nepa_plugin.data.tables`).
         max_pixels: The most pixels that an image may have.
 
     Returns:
@@ -36,8 +49,8 @@ def evaluation_images(source: str | Path, max_pixels: int = MAX_PIXELS) -> tuple
         DataError: If a folder is missing, holds no image, has no or one class, or the two have different classes.
     """
     folders = evaluation_folders(source)
-    train = image_folder(folders[0], "training images", max_pixels)
-    val = image_folder(folders[1], "validation images", max_pixels)
+    train = open_images(folders[0], "training images", max_pixels)
+    val = open_images(folders[1], "validation images", max_pixels, VAL)
     classes, val_classes = class_names(train), class_names(val)
     if not classes:
         raise DataError(f"{folders[0]} has no classes: evaluation needs one sub-folder per class.")

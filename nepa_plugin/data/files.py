@@ -5,11 +5,12 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from lightly.data import LightlyDataset
 from PIL import Image
@@ -33,19 +34,6 @@ _ENDS = 4096
 
 # pixel_limit is the bound, and Pillow warns from half of it on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class FolderImages(LightlyDataset):
-    """An image folder as lightly reads it, of (image, class index, filename).
-
-    Args:
-        root: The folder.
-        max_pixels: The most pixels that an image may have.
-    """
-
-    def __init__(self, root: str, max_pixels: int = MAX_PIXELS) -> None:
-        super().__init__(root)
-        self.max_pixels = max_pixels
 
 
 @contextmanager
@@ -83,32 +71,62 @@ class Check:
         return DataError(f"{len(self.bad)} file(s) cannot be read as images: {names}{more}. {remedy}")
 
 
-def _examine(path: str, max_pixels: int) -> tuple[str, str]:
+class FolderImages(LightlyDataset):
+    """An image folder as lightly reads it, of (image, class index, filename).
+
+    Args:
+        root: The folder.
+        max_pixels: The most pixels that an image may have.
+    """
+
+    def __init__(self, root: str, max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__(root)
+        self.max_pixels = max_pixels
+
+    def signature(self, times: bool = True) -> str:
+        """Return a SHA-256 of the files' names and sizes and, unless ``times`` is off, of when they were changed."""
+        files = self.get_filenames()
+        return files_signature(self.input_dir, files if times else sorted(files), times)
+
+    def check(self) -> Check:
+        """Look at all images: which are unreadable, and a hash of all; see :func:`check_files`."""
+        return check_files(self.input_dir, self.get_filenames(), self.max_pixels)
+
+
+def examine(file: BinaryIO, max_pixels: int) -> tuple[str, str]:
     """Return what is wrong with an image file, if anything, and a digest. Decodes it only if its end looks cut off."""
-    digest = ""
+    head = file.read(_ENDS)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _ENDS))
+    tail = file.read()
+    digest = hashlib.sha256(head + tail).hexdigest()
+    end = tail[-16:]
+    complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in end) or (head[:4] == b"\x89PNG" and b"IEND" in end)
+    file.seek(0)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return "no regular file", digest  # a pipe would be waited for without end
-        with open(path, "rb") as file:
-            head = file.read(_ENDS)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _ENDS))
-            tail = file.read()
-        digest = hashlib.sha256(head + tail).hexdigest()
-        end = tail[-16:]
-        complete = (head[:2] == b"\xff\xd8" and b"\xff\xd9" in end) or (head[:4] == b"\x89PNG" and b"IEND" in end)
-        with Image.open(path) as image:  # parses the header
+        with Image.open(file) as image:  # parses the header
             if (pixels := image.width * image.height) > max_pixels:
                 return f"{pixels:,} pixels, more than max_image_pixels {max_pixels:,}", digest
             if not complete:
                 image.load()
-    except FileNotFoundError:
-        return "a link to nothing" if os.path.islink(path) else "not there any more", digest
-    except PermissionError:
-        return "no permission", digest
     except IMAGE_ERRORS:
         return "damaged", digest
     return "", digest
+
+
+def _examine_file(path: str, max_pixels: int) -> tuple[str, str]:
+    """Do the same with the file at a path."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return "no regular file", ""  # a pipe would be waited for without end
+        with open(path, "rb") as file:
+            return examine(file, max_pixels)
+    except FileNotFoundError:
+        return "a link to nothing" if os.path.islink(path) else "not there any more", ""
+    except PermissionError:
+        return "no permission", ""
+    except OSError:
+        return "damaged", ""
 
 
 def check_files(root: str | Path, files: list[str], max_pixels: int = MAX_PIXELS) -> Check:
@@ -125,21 +143,38 @@ def check_files(root: str | Path, files: list[str], max_pixels: int = MAX_PIXELS
         What was found.
     """
     root = Path(root).resolve()
-    signature, record = f"{files_signature(root, files)} {max_pixels}", _check_record(root)
+
+    def look() -> Check:
+        with _file_threads() as pool:
+            found = list(pool.map(lambda file: _examine_file(str(root / file), max_pixels), files))
+        bad = {file: why for file, (why, _) in zip(files, found, strict=True) if why}
+        stats = zip(files, _stats(root, files), found, strict=True)
+        sizes = sorted((file, info[1], digest) for file, info, (_, digest) in stats)
+        return Check(bad, hashlib.sha256(repr(sizes).encode()).hexdigest())
+
+    return kept_check(root, f"{files_signature(root, files)} {max_pixels}", look)
+
+
+def kept_check(root: Path, signature: str, look: Callable[[], Check]) -> Check:
+    """Return what is kept of an earlier look at images, or look, and keep it.
+
+    Args:
+        root: Where the images are; the record's key.
+        signature: What must not have changed since.
+        look: Looks at all of them.
+    """
+    record = _check_record(root)
     with suppress(OSError, ValueError):  # there is none, or a damaged one
         known = read_json(record, {"signature": str, "bad": dict, "content": str}, "")
         if known["signature"] == signature:
             return Check(known["bad"], known["content"])
     # The bound is looked at here, not by Pillow. Threads share the filters of warnings, which are set once for all.
-    with pixel_limit(None), warnings.catch_warnings(), _file_threads() as pool:
+    with pixel_limit(None), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = list(pool.map(lambda file: _examine(str(root / file), max_pixels), files))
-    bad = {file: why for file, (why, _) in zip(files, found, strict=True) if why}
-    sizes = [(file, info[1], digest) for file, info, (_, digest) in zip(files, _stats(root, files), found, strict=True)]
-    check = Check(bad, hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest())
+        check = look()
     with suppress(OSError):  # nothing is lost but time
         private_folder(record.parent)
-        write_json(record, {"root": str(root), "signature": signature, "bad": bad, "content": check.content})
+        write_json(record, {"root": str(root), "signature": signature, "bad": check.bad, "content": check.content})
     return check
 
 
@@ -173,20 +208,18 @@ def _file_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
 
 
-def fingerprint(images: LightlyDataset) -> str:
+def fingerprint(images: Any) -> str:
     """Return a hash of the names and sizes of a dataset's files: equal for copies, different for other images."""
-    return files_signature(images.input_dir or ".", sorted(images.get_filenames()), times=False)[:16]
+    return str(images.signature(times=False))[:16]
 
 
-def content_fingerprint(images: LightlyDataset) -> str:
+def content_fingerprint(images: Any) -> str:
     """Return a hash of the names, sizes and contents of a dataset's files: equal for copies, whatever their times.
 
     Of the contents it takes 4 KB at the beginning and 4 KB at the end of each file, which are read anyway to find
     unreadable files.
     """
-    return check_files(
-        images.input_dir or ".", images.get_filenames(), getattr(images, "max_pixels", MAX_PIXELS)
-    ).content
+    return str(images.check().content)
 
 
 def _check_record(root: Path) -> Path:

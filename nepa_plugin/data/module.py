@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
-from nepa_plugin.data.files import MAX_PIXELS, check_files, class_names, fingerprint, image_folder
+from nepa_plugin.data.files import MAX_PIXELS, class_names, fingerprint
 from nepa_plugin.data.pipelines import (
     FileDataset,
     MaskedPipeline,
@@ -31,6 +31,7 @@ from nepa_plugin.data.samples import (
     loader_workers,
 )
 from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
+from nepa_plugin.data.tables import VAL, open_images
 from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, check_ranges
 from nepa_plugin.runtime.step_seed import trained_batches
 
@@ -39,8 +40,11 @@ class ImageData(LightningDataModule):
     """Folders of images for any of the methods, read by lightly.
 
     Args:
-        train_dir: Folder of training images: one sub-folder per class (ImageNet style), or flat (no labels).
-        val_dir: Folder of validation images for the online probe, with the same classes. Optional.
+        train_dir: Folder of training images: one sub-folder per class (ImageNet style), or flat (no labels); or a table
+            of Hugging Face's ``datasets``, of which the split ``train`` is taken: a folder of ``save_to_disk``, or of
+            parquet or arrow files.
+        val_dir: Folder of validation images for the online probe, with the same classes; or a table, of which
+            ``validation``, ``val`` or ``test`` is taken. Optional.
         demo: ``"digits"`` uses scikit-learn's bundled handwritten digits instead of folders.
         batch_size_per_device: Images per device and forward pass.
         num_workers: Loader processes per device; by default the cores divided by the devices on this machine, at most
@@ -97,8 +101,8 @@ class ImageData(LightningDataModule):
         self.max_image_pixels = max_image_pixels
         self.seed = seed
         self.train_shards = open_shards(train_shards, allow_pipe) if train_shards else None
-        self.train_images = image_folder(train_dir, "data.train_dir", max_image_pixels) if train_dir else None
-        self.val_images = image_folder(val_dir, "data.val_dir", max_image_pixels) if val_dir else None
+        self.train_images = open_images(train_dir, "data.train_dir", max_image_pixels) if train_dir else None
+        self.val_images = open_images(val_dir, "data.val_dir", max_image_pixels, VAL) if val_dir else None
         self._indices: dict[int, list[int]] = {}
         classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
         val_classes = class_names(self.val_images)
@@ -127,7 +131,7 @@ class ImageData(LightningDataModule):
             if images is None:
                 continue
             files = images.get_filenames()
-            check = check_files(images.input_dir, files, self.max_image_pixels)
+            check = images.check()
             bad = check.bad
             if bad and self.on_bad_image == "error":
                 raise check.refusal(images.input_dir, "Remove or repair them, or pass --data.on_bad_image skip.")

@@ -22,6 +22,7 @@ from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.files import IMAGE_ERRORS
 from nepa_plugin.data.resample import resize_crops
 from nepa_plugin.data.samples import SeededDataset, generators_of, sample_seed, torch_seeded
+from nepa_plugin.data.tables import Table
 from nepa_plugin.data.transforms import CropFlip, crop_flip
 from nepa_plugin.runtime.transfer import to_device
 
@@ -319,6 +320,10 @@ class FileDataset(PipelineDataset):
 
     def load(self, position: int) -> tuple[Any, int, str]:
         """Return (what the pipeline loads, class index, filename) of the image at ``position`` of the dataset."""
-        path, target = self.dataset.dataset.samples[position]
-        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-        return self.pipeline.load(data), target, self.dataset.index_to_filename(self.dataset.dataset, position)
+        inner = self.dataset.dataset
+        if isinstance(inner, Table):
+            data, target = inner.read(position)
+        else:
+            path, target = inner.samples[position]
+            data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+        return self.pipeline.load(data), target, self.dataset.index_to_filename(inner, position)

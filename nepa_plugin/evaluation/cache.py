@@ -6,16 +6,15 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightly.data import LightlyDataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nepa_plugin.checkpoints import CheckpointError, backbone_config
 from nepa_plugin.data.cache import cache_dir, private_folder
-from nepa_plugin.data.files import files_signature
 from nepa_plugin.runtime.files import remove_parts, whole_file
 
 FORMAT = 1  # raise it when features of the same key would differ
@@ -30,10 +29,10 @@ def model_description(model: nn.Module) -> str:
     return f"{type(model).__name__} {getattr(model, 'attention', '')} {config}"
 
 
-def files_hash(images: LightlyDataset) -> str:
+def files_hash(images: Any) -> str:
     """Return a SHA-256 of a folder's files: path, size and time of each."""
     root = Path(images.input_dir).resolve()
-    return hashlib.sha256(f"{root} {files_signature(root, images.get_filenames())}".encode()).hexdigest()
+    return hashlib.sha256(f"{root} {images.signature()}".encode()).hexdigest()
 
 
 class FeatureCache:

@@ -10,7 +10,7 @@ from lightly.data import LightlyDataset
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data.evaluation import evaluation_images
-from nepa_plugin.data.files import MAX_PIXELS, check_files
+from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.data.samples import (
     DataError,
     EpochBatchSampler,
@@ -61,7 +61,7 @@ def open_images(source: str | Path, world_size: int = 1, max_pixels: int = MAX_P
     """
     train, val = evaluation_images(source, max_pixels)
     for images in (train, val):
-        check = check_files(images.input_dir, images.get_filenames(), max_pixels)
+        check = images.check()
         if check.bad:
             raise check.refusal(images.input_dir, "Remove or repair them.")
     if min(len(train), len(val)) < world_size:

@@ -237,13 +237,13 @@ def mixed(tmp_path, monkeypatch):
     whole = (root / "good.jpg").read_bytes()
     (root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "text.png").write_text("not an image")
-    opened, original = Counter(), nepa_plugin.data.files._examine
+    opened, original = Counter(), nepa_plugin.data.files._examine_file
 
     def counting(path, max_pixels):
         opened[path.rsplit("/", 1)[-1]] += 1
         return original(path, max_pixels)
 
-    monkeypatch.setattr(nepa_plugin.data.files, "_examine", counting)
+    monkeypatch.setattr(nepa_plugin.data.files, "_examine_file", counting)
     monkeypatch.setenv("NEPA_PLUGIN_CACHE", str(tmp_path / "cache"))
     return root, opened
 
