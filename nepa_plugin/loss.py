@@ -32,12 +32,14 @@ class NextEmbeddingLoss(nn.Module):
         self.stop_gradient = stop_gradient
         self.eps = eps
 
-    def forward(self, embeddings: Tensor, predictions: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, predictions: Tensor, valid: Tensor | None = None) -> Tensor:
         """Return the loss.
 
         Args:
             embeddings: Input embeddings z (B, T, D), class token first.
             predictions: Predictions z-hat (B, T, D).
+            valid: Which embeddings are targets, (B, T); by default all. The mean is over these, of all sequences
+                together, and what stands elsewhere has no part in it.
 
         Returns:
             Scalar, float32 also under autocast.
@@ -52,6 +54,10 @@ class NextEmbeddingLoss(nn.Module):
             )
         if self.shift and embeddings.shape[1] < 2:
             raise ValueError("The next-embedding loss needs at least two tokens per image.")
+        if valid is not None:
+            if valid.shape != embeddings.shape[:2]:
+                raise ValueError(f"Expected valid {tuple(embeddings.shape[:2])}, got {tuple(valid.shape)}.")
+            valid = valid[:, 1:] if self.shift else valid
         targets = embeddings.detach() if self.stop_gradient else embeddings
         if self.shift:
             targets, predictions = targets[:, 1:], predictions[:, :-1]
@@ -60,7 +66,10 @@ class NextEmbeddingLoss(nn.Module):
             targets, predictions = targets.float(), predictions.float()
             dots = (targets * predictions).sum(-1)
             norms = torch.linalg.vector_norm(targets, dim=-1) * torch.linalg.vector_norm(predictions, dim=-1)
-            return -(dots / norms.clamp_min(self.eps)).mean()
+            cosines = dots / norms.clamp_min(self.eps)
+            if valid is None:
+                return -cosines.mean()
+            return -torch.where(valid, cosines, 0.0).sum() / valid.sum().clamp_min(1)
 
     def extra_repr(self) -> str:
         """Return the switches for ``repr``."""

@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, RotaryEmbeddingDinoV3, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from timm.models._input import update_model_args
 from timm.models._manipulate import checkpoint
 from timm.models.eva import Eva
 from torch import Tensor, nn
+
+from nepa_plugin.rope import ResidentRope, as_coordinates
 
 AttentionMode = Literal["causal", "bidirectional"]
 Activation = Literal["gelu", "silu"]
@@ -25,47 +27,6 @@ NEPA_MEAN = NEPA_STD = (0.5, 0.5, 0.5)
 
 def _norm_layer(dim: int, **kwargs: Any) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-12, **kwargs)
-
-
-class ResidentRope(RotaryEmbeddingDinoV3):
-    """timm's axial RoPE, with the table of a training step made on the device.
-
-    timm builds the patch coordinates on the CPU in every step and copies them over, and that copy makes the host wait
-    until the GPU has finished the work queued before it.
-    """
-
-    _factor_seed: int | None = None
-    _factors_drawn = 0
-    _factor = 1.0
-
-    def seed_factors(self, seed: int) -> None:
-        """Draw the factors that rescale the coordinates from a generator of their own from now on.
-
-        Processes whose other random numbers differ then rescale alike.
-
-        Args:
-            seed: Of that generator.
-        """
-        self._factor_seed, self._factors_drawn = seed, 0
-
-    def _create_embed(self, feat_shape: list[int], no_aug: bool = False) -> Tensor:
-        """Return the sine and cosine table (H * W, 2 * head_dim) of a grid of (H, W) patches."""
-        augmented = not no_aug and self.training and self.aug_active
-        if augmented and self._factor_seed is not None:
-            # on the CPU, and a number: as a tensor it would have to be copied over
-            generator, bound = torch.Generator().manual_seed(self._factor_seed), math.log(self.rescale_coords or 1.0)
-            self._factors_drawn += 1
-            drawn = torch.empty(self._factors_drawn).uniform_(-bound, bound, generator=generator)
-            self._factor, no_aug = drawn[-1].exp().item(), True
-        try:
-            with self.periods.device:
-                return super()._create_embed(feat_shape, no_aug)
-        finally:
-            self._factor = 1.0
-
-    def _get_pos_embed_from_coords(self, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """Return sine and cosine (H * W, head_dim) of the angles at coordinates (H * W, 2)."""
-        return super()._get_pos_embed_from_coords(coords * self._factor)
 
 
 class NepaViT(Eva):
@@ -287,7 +248,39 @@ class NepaViT(Eva):
         """
         return self._embed(images)[0]
 
-    def predict_next(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _sequence(
+        self, embeddings: Tensor, positions: Tensor | None, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return embeddings with the class token, their RoPE table, and the mask of what may be attended to, if any."""
+        if embeddings.ndim != 3 or embeddings.shape[-1] != self.embed_dim:
+            raise ValueError(f"Expected embeddings (B, T, {self.embed_dim}), got {tuple(embeddings.shape)}.")
+        batch, length, _ = embeddings.shape
+        mask = None
+        if padding is not None:
+            if padding.shape != (batch, length) or padding.dtype != torch.bool:
+                raise ValueError(f"Expected padding as booleans ({batch}, {length}), got {tuple(padding.shape)}.")
+            # Whatever stands in padding, not a number included, must not reach a sum.
+            embeddings = embeddings.masked_fill(padding[:, :, None], 0.0)
+            seen = ~padding
+            if self.cls_token is not None:
+                seen = torch.cat([seen.new_ones(batch, 1), seen], dim=1)
+            mask = seen[:, None, None, :]
+            if self.is_causal:  # a kernel is causal or takes a mask; and every element sees itself, padding too
+                before = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril()
+                mask = before & (mask | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device))
+        rope = self.rope.table_at(as_coordinates(positions, batch, length, embeddings.device))
+        if self.cls_token is not None:
+            embeddings = torch.cat([self.cls_token.expand(batch, -1, -1), embeddings], dim=1)
+        return embeddings, rope, mask
+
+    def predict_next(
+        self,
+        images: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        positions: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return the input embeddings and, for each, the prediction of the next one.
 
         ``predictions[:, t]`` predicts ``embeddings[:, t + 1]``; the class token's output predicts the first patch and
@@ -295,23 +288,39 @@ class NepaViT(Eva):
 
         Args:
             images: Normalised images (B, C, H, W).
+            embeddings: In place of images, any sequence of vectors of the model's width, (B, T, D), without the class
+                token.
+            positions: Where the vectors are, in patches: on a line (T,) or (B, T), or in a plane (T, 2) or (B, T, 2).
+                Neighbours are as far apart as the patches of a 16x16 grid. By default on a line, one after the other.
+            padding: True where a sequence has nothing, (B, T). No output elsewhere depends on what is there, and
+                :class:`~nepa_plugin.loss.NextEmbeddingLoss` leaves it out with ``valid``.
 
         Returns:
             ``(embeddings, predictions)``, z and z-hat of the paper, each (B, T, D), class token first. The embeddings
             are those before any dropout and are not detached.
 
         Raises:
-            ValueError: If the images do not fit the model, or patch dropout is on in training mode.
+            ValueError: If neither or both of images and embeddings are given, they do not fit the model, or patch
+                dropout is on in training mode.
         """
+        if (images is None) == (embeddings is None):
+            raise ValueError("predict_next takes either images or embeddings.")
         if self.patch_drop is not None and self.training:
             raise ValueError("predict_next needs every patch: build the model with patch_drop_rate=0.")
-        embeddings, rope = self._embed(images)
+        if images is not None:
+            if positions is not None or padding is not None:
+                raise ValueError("predict_next: positions and padding go with embeddings, not with images.")
+            (embeddings, rope), mask = self._embed(images), None
+        else:
+            assert embeddings is not None
+            embeddings, rope, mask = self._sequence(embeddings, positions, padding)
         x = self.norm_pre(self.pos_drop(embeddings))
+        attention = {"attn_mask": mask, "is_causal": self.is_causal and mask is None}
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, rope=rope, is_causal=self.is_causal)
+                x = checkpoint(block, x, rope=rope, **attention)
             else:
-                x = block(x, rope=rope, is_causal=self.is_causal)
+                x = block(x, rope=rope, **attention)
         return embeddings, self.norm(x)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool | None = None) -> Tensor:

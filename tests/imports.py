@@ -19,6 +19,8 @@ FLOORS = (
     {"comparison", "speed"},
     {"commands"},
 )
+#: Files on the ground floor that are a part of another's room.
+PARTS = {"rope": "predictor"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -49,7 +51,8 @@ def imports(module):
 
 def room(module):
     """The room of a module; the package itself, which is the public API, has none."""
-    return [*module.split("."), ""][1]
+    name = [*module.split("."), ""][1]
+    return PARTS.get(name, name)
 
 
 def arrows():

@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 
-from nepa_plugin.predictor import ResidentRope
+from nepa_plugin.rope import ResidentRope
 
 
 def trained_batches(trainer: Any) -> int:
