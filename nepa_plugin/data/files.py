@@ -59,16 +59,17 @@ class Check:
     bad: dict[str, str]
     content: str
 
-    def refusal(self, root: str | Path, remedy: str) -> DataError:
+    def refusal(self, root: str | Path, remedy: str, kind: str = "images") -> DataError:
         """Return the error that names the unreadable files.
 
         Args:
             root: Their folder.
             remedy: What to do about them: a sentence.
+            kind: What they should be.
         """
         names = ", ".join(f"{Path(root) / file} ({why})" for file, why in sorted(self.bad.items())[:5])
         more = " ..." if len(self.bad) > 5 else ""
-        return DataError(f"{len(self.bad)} file(s) cannot be read as images: {names}{more}. {remedy}")
+        return DataError(f"{len(self.bad)} file(s) cannot be read as {kind}: {names}{more}. {remedy}")
 
 
 class FolderImages(LightlyDataset):

@@ -18,6 +18,7 @@ from nepa_plugin.data.files import MAX_PIXELS, class_names, fingerprint
 from nepa_plugin.data.pipelines import (
     FileDataset,
     MaskedPipeline,
+    PilPipeline,
     PipelineDataset,
     PipelineName,
     build_pipeline,
@@ -30,6 +31,7 @@ from nepa_plugin.data.samples import (
     SeededDataset,
     loader_workers,
 )
+from nepa_plugin.data.sequences import SequenceFolder, SequencePipeline, check_width, is_sequence_folder
 from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
 from nepa_plugin.data.tables import VAL, open_images
 from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, check_ranges
@@ -42,7 +44,8 @@ class ImageData(LightningDataModule):
     Args:
         train_dir: Folder of training images: one sub-folder per class (ImageNet style), or flat (no labels); or a table
             of Hugging Face's ``datasets``, of which the split ``train`` is taken: a folder of ``save_to_disk``, or of
-            parquet or arrow files.
+            parquet or arrow files; or a folder of sequences of vectors (T, D), ``.npy`` or ``.safetensors``, for a
+            backbone ``nepa_sequence_*``.
         val_dir: Folder of validation images for the online probe, with the same classes; or a table, of which
             ``validation``, ``val`` or ``test`` is taken. Optional.
         demo: ``"digits"`` uses scikit-learn's bundled handwritten digits instead of folders.
@@ -62,6 +65,7 @@ class ImageData(LightningDataModule):
         seed: Seed of the order and the augmentation; the command sets it to ``seed_everything``.
         max_image_pixels: The most pixels that an image may have; one with more is a bad image. By default Pillow's own
             bound against small files that fill the memory.
+        max_tokens: The most vectors of a sequence; of a longer one so many in a row, at another place in each epoch.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class ImageData(LightningDataModule):
         seed: int = 1337,
         allow_pipe: bool = False,
         max_image_pixels: PositiveInt = MAX_PIXELS,
+        max_tokens: PositiveInt | None = None,
     ) -> None:
         try:
             check_ranges(ImageData, dict(locals()), "data.")
@@ -101,7 +106,13 @@ class ImageData(LightningDataModule):
         self.max_image_pixels = max_image_pixels
         self.seed = seed
         self.train_shards = open_shards(train_shards, allow_pipe) if train_shards else None
-        self.train_images = open_images(train_dir, "data.train_dir", max_image_pixels) if train_dir else None
+        self.max_tokens = max_tokens
+        self.train_images: LightlyDataset | None = None
+        if train_dir:
+            self.train_images = _open(train_dir, max_image_pixels)
+            if self.sequences and (val_dir or pipeline != "pil"):
+                option = "val_dir" if val_dir else "pipeline"
+                raise DataError(f"data.{option}: {train_dir} holds sequences, which have none; leave it out.")
         self.val_images = open_images(val_dir, "data.val_dir", max_image_pixels, VAL) if val_dir else None
         self._indices: dict[int, list[int]] = {}
         classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
@@ -134,7 +145,8 @@ class ImageData(LightningDataModule):
             check = images.check()
             bad = check.bad
             if bad and self.on_bad_image == "error":
-                raise check.refusal(images.input_dir, "Remove or repair them, or pass --data.on_bad_image skip.")
+                kind = "images" if self.sequences is None else "sequences"
+                raise check.refusal(images.input_dir, "Remove or repair them, or pass --data.on_bad_image skip.", kind)
             self._indices[id(images)] = [i for i, file in enumerate(files) if file not in bad]
             if not self._indices[id(images)]:
                 raise DataError(f"{images.input_dir} holds no readable image.")
@@ -174,7 +186,14 @@ class ImageData(LightningDataModule):
         Raises:
             DataError: If it cannot.
         """
-        build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        check_width(self.sequences, getattr(method.backbone, "input_dim", None))
+        if self.sequences is None:
+            build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+
+    @property
+    def sequences(self) -> SequenceFolder | None:
+        """The training data where they are sequences."""
+        return self.train_images if isinstance(self.train_images, SequenceFolder) else None
 
     def setup(self, stage: str) -> None:
         """Learn which images are used; the record of rank zero's check makes this quick on the others."""
@@ -211,7 +230,10 @@ class ImageData(LightningDataModule):
         """
         assert self.trainer is not None
         workers, method, rank = self._workers(), self.trainer.lightning_module, self.trainer.global_rank
-        self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
+        if self.sequences is not None:
+            self._pipeline: PilPipeline = SequencePipeline(self.max_tokens)
+        else:
+            self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
         masks = getattr(method, "masks", None)
         if masks is not None:
             self._pipeline = MaskedPipeline(self._pipeline, masks)
@@ -319,3 +341,13 @@ class ImageData(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self._pin_memory,
         )
+
+
+def _open(train_dir: str, max_pixels: int) -> LightlyDataset:
+    """Open training images, or sequences where there is a folder with no image in it but with them."""
+    try:
+        return open_images(train_dir, "data.train_dir", max_pixels)
+    except DataError:
+        if is_sequence_folder(train_dir):
+            return SequenceFolder(train_dir)
+        raise

@@ -27,6 +27,8 @@ class CausalMethod(Method):
 
     #: The method's name in errors.
     title: ClassVar[str]
+    #: Whether the step takes sequences of vectors, too, with their lengths.
+    takes_sequences: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -47,6 +49,8 @@ class CausalMethod(Method):
             raise ValueError(
                 f"{self.title} needs a nepa_vit_* backbone: its predictions come from a causal transformer."
             )
+        if hasattr(self.backbone, "input_dim") and not self.takes_sequences:
+            raise ValueError(f"{self.title} trains on images alone: take a nepa_vit_* backbone, or NEPA.")
 
     def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
         """Return NEPA's published kind of augmentation at this model's image size."""

@@ -15,6 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nepa_plugin.methods.base import Method
 
+#: Vectors of the sequence whose cost is counted where a backbone takes sequences.
+SEQUENCE_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class TrainingCost:
@@ -91,7 +94,10 @@ def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        views = method.train_transform()(Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150)))
+        if hasattr(method.backbone, "input_dim"):  # it takes sequences, whose length is the data's
+            views = [torch.zeros(SEQUENCE_TOKENS, method.backbone.input_dim)]
+        else:
+            views = method.train_transform()(Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150)))
         try:
             operations, passes = _counted(method, views, batch_size, valueless=True)
         except (DataDependentOutputException, DynamicOutputShapeException):

@@ -1,5 +1,6 @@
 """NEPA: predict the next patch's embedding under a causal mask (arXiv 2512.16922)."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ class NEPA(CausalMethod):
     """
 
     title = "NEPA"
+    takes_sequences = True
     #: Tokens among which the collapse diagnostics are computed.
     DIAGNOSTIC_TOKENS = 1024
 
@@ -46,18 +48,32 @@ class NEPA(CausalMethod):
         self.criterion = NextEmbeddingLoss(shift=shift, stop_gradient=stop_gradient)
         self.predictor_head = None if predictor_head == "none" else TokenHead(predictor_head, self.backbone.embed_dim)
 
-    def step(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the next-embedding loss of the one view (B, C, H, W), and its features (B, D)."""
-        embeddings, outputs = self.backbone.predict_next(views[0])
+    def step(self, views: list[Tensor], masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+        """Return the next-embedding loss of the one view, and its features (B, D).
+
+        Args:
+            views: Images (B, C, H, W), or sequences (B, T, input_dim) for a backbone that takes them.
+            masks: Of sequences that are padded, their lengths (B,).
+        """
+        padding = valid = None
+        if masks:
+            padding = torch.arange(views[0].shape[1], device=views[0].device) >= masks[0][:, None]
+            valid = self.backbone.valid(padding)
+            embeddings, outputs = self.backbone.predict_next(views[0], padding=padding)
+        else:
+            embeddings, outputs = self.backbone.predict_next(views[0])
         if self.is_logging_step:
-            self._log_collapse(embeddings)
+            self._log_collapse(embeddings[:, 1:].flatten(0, 1) if padding is None else embeddings[:, 1:][~padding])
         predictions = outputs if self.predictor_head is None else self.predictor_head(outputs)
-        return self.criterion(embeddings, predictions), self.pooled(outputs)
+        loss = self.criterion(embeddings, predictions, valid)
+        if padding is None:
+            return loss, self.pooled(outputs)
+        there = (~padding)[:, :, None]
+        return loss, (outputs[:, 1:] * there).sum(dim=1) / there.sum(dim=1)
 
     @torch.no_grad()
-    def _log_collapse(self, embeddings: Tensor) -> None:
-        """Log how far the patch embeddings (B, T, D) are from having become one and the same vector."""
-        tokens = embeddings[:, 1:].flatten(0, 1)
+    def _log_collapse(self, tokens: Tensor) -> None:
+        """Log how far the patch embeddings (N, D) are from having become one and the same vector."""
         # Strides of a large prime instead of draws: spread over images and positions, and the training step's random
         # numbers are the same whether it logs or not.
         index = torch.arange(min(len(tokens), self.DIAGNOSTIC_TOKENS), device=tokens.device) * 1_000_003 % len(tokens)
