@@ -66,10 +66,24 @@ class NEPA(CausalMethod):
             self._log_collapse(embeddings[:, 1:].flatten(0, 1) if padding is None else embeddings[:, 1:][~padding])
         predictions = outputs if self.predictor_head is None else self.predictor_head(outputs)
         loss = self.criterion(embeddings, predictions, valid)
+        if self.is_logging_step and self.criterion.shift:
+            self._log_skill(embeddings, loss, valid)
         if padding is None:
             return loss, self.pooled(outputs)
         there = (~padding)[:, :, None]
         return loss, (outputs[:, 1:] * there).sum(dim=1) / there.sum(dim=1)
+
+    @torch.no_grad()
+    def _log_skill(self, embeddings: Tensor, loss: Tensor, valid: Tensor | None) -> None:
+        """Log the loss of copying each embedding (B, T, D) as its successor's prediction, and how much better we are.
+
+        Neighbours look alike, so that a loss near -1 may say little. The skill is 0 for copying and 1 for a perfect
+        prediction.
+        """
+        # past torch.compile, whose graph is that of training
+        copying = self.mean_over_devices(NextEmbeddingLoss.forward(self.criterion, embeddings, embeddings, valid))
+        self.log("copy_baseline", copying)
+        self.log("skill", (copying - self.mean_over_devices(loss)) / (1 + copying).clamp_min(1e-6))
 
     @torch.no_grad()
     def _log_collapse(self, tokens: Tensor) -> None:

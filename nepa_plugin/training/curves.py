@@ -4,7 +4,8 @@ import csv
 from pathlib import Path
 
 PANELS = (
-    ("loss", ("train_loss",)),
+    ("loss", ("train_loss", "copy_baseline")),
+    ("skill: 0 copies the patch before", ("skill",)),
     ("accuracy, top-1", ("val_top1",)),
     ("online probe, top-1", ("train_online_cls_top1", "val_online_cls_top1")),
     ("embeddings: mean cosine of random pairs", ("embedding_cosine",)),

@@ -64,6 +64,25 @@ def test_an_unknown_head_is_refused():
         nepa(predictor_head="linear")
 
 
+# -- the copy baseline and the skill -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "skill"), [(0.0, 0.0), (1.0, 1.0), (0.5, None)])
+def test_skill_is_zero_for_copying_and_one_for_a_perfect_prediction(share, skill, monkeypatch):
+    model, logged = nepa(), {}
+    embeddings = torch.randn(4, 17, 64, generator=torch.Generator().manual_seed(1))
+    following = torch.cat([embeddings[:, 1:], embeddings[:, :1]], dim=1)
+    predictions = (1 - share) * embeddings + share * following
+    monkeypatch.setattr(model.backbone, "predict_next", lambda images: (embeddings, predictions))
+    monkeypatch.setattr(type(model), "is_logging_step", True)
+    monkeypatch.setattr(model, "log", lambda name, value: logged.__setitem__(name, float(value)))
+    loss, _ = model.step([torch.zeros(4, 3, 16, 16)])
+    cosine = torch.nn.functional.cosine_similarity(embeddings[:, :-1], embeddings[:, 1:], dim=-1)
+    assert logged["copy_baseline"] == pytest.approx(-cosine.mean().item(), abs=1e-6)
+    expected = (loss.item() + cosine.mean().item()) / (-1 + cosine.mean().item()) if skill is None else skill
+    assert logged["skill"] == pytest.approx(expected, abs=1e-5)
+
+
 # -- optimizer ---------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,15 @@ def test_a_run_folder_holds_everything(reference):
     assert config["model"]["init_args"]["base_lr"] == 2e-3 and config["seed_everything"] == 1337
     losses = curve(reference)
     assert list(losses) == list(range(20)) and losses[19] < losses[0] < 0
-    for name in ("lr", "grad_norm", "images_per_second", "embedding_cosine", "embedding_effective_rank"):
+    for name in (
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "embedding_cosine",
+        "embedding_effective_rank",
+        "copy_baseline",
+        "skill",
+    ):
         assert curve(reference, name), name
     assert 0 <= curve(reference, "val_online_cls_top1")[19] <= 1
     assert max(curve(reference, "lr").values()) <= 1e-3 + 1e-9
