@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import TOY
@@ -6,6 +8,7 @@ from torch.nn import functional as F
 import nepa_plugin
 from nepa_plugin import NextEmbeddingLoss
 from nepa_plugin.checkpoints.published import state_from_nepa
+from nepa_plugin.loss import ContrastiveNextEmbeddingLoss
 
 
 def test_parity_of_loss_and_every_gradient(toy, expected):
@@ -73,5 +76,58 @@ def test_zero_vectors_are_finite():
 def test_bad_shapes():
     with pytest.raises(ValueError, match="one shape"):
         NextEmbeddingLoss()(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4))
-    with pytest.raises(ValueError, match="at least two tokens"):
+    with pytest.raises(ValueError, match="at least 2 tokens"):
         NextEmbeddingLoss()(torch.zeros(1, 1, 4), torch.zeros(1, 1, 4))
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4])
+def test_ahead_compares_with_the_embedding_so_many_places_on(ahead):
+    z, p = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
+    reference = -F.cosine_similarity(p[:, :-ahead], z[:, ahead:], dim=-1).mean()
+    assert NextEmbeddingLoss()(z, p, ahead=ahead).item() == pytest.approx(reference.item(), abs=1e-6)
+    with pytest.raises(ValueError, match="looks 5 ahead needs at least 6 tokens"):
+        NextEmbeddingLoss()(z, p, ahead=5)
+
+
+def valid_of(lengths, tokens):
+    return torch.arange(tokens) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("loss", [NextEmbeddingLoss(), ContrastiveNextEmbeddingLoss(temperature=0.5)])
+def test_what_is_not_valid_has_no_part(loss):
+    z, p, lengths = torch.randn(3, 6, 8), torch.randn(3, 6, 8, requires_grad=True), [6, 3, 4]
+    valid = valid_of(lengths, 6)
+    assert loss(z, p, torch.ones_like(valid)).item() == pytest.approx(loss(z, p).item(), abs=1e-6)
+    alone = [loss(z[i : i + 1, :n], p[i : i + 1, :n]) * (n - 1) for i, n in enumerate(lengths)]
+    value = loss(z, p, valid)
+    assert value.item() == pytest.approx((sum(alone) / 10).item(), abs=1e-6)
+    (gradient,) = torch.autograd.grad(value, p)
+    garbage = loss(z.masked_fill(~valid[..., None], 1e30), p, valid)
+    assert torch.equal(garbage, value) and torch.equal(torch.autograd.grad(garbage, p)[0], gradient)
+    with pytest.raises(ValueError, match=r"Expected valid \(3, 6\), got \(3, 5\)"):
+        loss(z, p, valid[:, 1:])
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_contrast_is_the_cross_entropy_among_the_patches_of_the_image(ahead):
+    z, p = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    terms = []
+    for b in range(2):
+        targets = z[b, ahead:]
+        for t in range(6 - ahead):
+            scores = torch.stack([F.cosine_similarity(p[b, t], other, dim=0) for other in targets]) / 0.2
+            terms.append(F.cross_entropy(scores[None], torch.tensor([t])))
+    value = ContrastiveNextEmbeddingLoss(temperature=0.2)(z, p, ahead=ahead)
+    assert value.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+
+
+def test_contrast_is_not_met_by_what_all_patches_share():
+    """Embeddings around one large mean: a copy of the mean has a cosine near 1, and tells no patch from another."""
+    z = torch.randn(4, 17, 8) * 0.1 + 3.0
+    mean = z.mean(dim=(0, 1)).expand_as(z)
+    assert NextEmbeddingLoss()(z, mean).item() < -0.99
+    contrast = ContrastiveNextEmbeddingLoss()
+    assert contrast(z, mean).item() == pytest.approx(math.log(16), abs=0.05)
+    assert contrast(z, torch.roll(z - mean, -1, 1)).item() < contrast(z, mean).item() - 0.05
+    with pytest.raises(ValueError, match="temperature=0 must be positive"):
+        ContrastiveNextEmbeddingLoss(temperature=0)

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nepa_plugin.analysis.collapse import effective_rank, mean_pairwise_cosine
 from nepa_plugin.data.transforms import NEPATransform
-from nepa_plugin.loss import NextEmbeddingLoss
+from nepa_plugin.loss import ContrastiveNextEmbeddingLoss, NextEmbeddingLoss
 from nepa_plugin.methods.causal import CausalMethod
 from nepa_plugin.methods.heads import TokenHead
+from nepa_plugin.runtime.ranges import PositiveFloat, PositiveInt
 
 
 class NEPA(CausalMethod):
@@ -25,10 +26,17 @@ class NEPA(CausalMethod):
         predictor_head: A network between the transformer's outputs and the loss, which is thrown away after
             pretraining: ``"mlp"``, ``"simsiam"`` (:class:`~nepa_plugin.methods.heads.TokenHead`), or ``"none"``, as
             published.
+        horizon: Places ahead that are predicted, each by a head of its own, and the loss is their mean; without
+            ``predictor_head`` the first reads the transformer's outputs as they are, as published, and the others have
+            a linear layer.
+        loss: ``"cosine"``, as published, or ``"infonce"``
+            (:class:`~nepa_plugin.loss.ContrastiveNextEmbeddingLoss`).
+        temperature: Of ``infonce``.
+        class_token_target: Let the class token's output predict the first patch, as published.
         **kwargs: Arguments of :class:`~nepa_plugin.methods.causal.CausalMethod`.
 
     Raises:
-        ValueError: If the backbone is not a ``nepa_vit_*`` model, or sizes do not fit.
+        ValueError: If the backbone is not a ``nepa_vit_*`` model, sizes do not fit, or options do not go together.
     """
 
     title = "NEPA"
@@ -42,11 +50,34 @@ class NEPA(CausalMethod):
         shift: bool = True,
         stop_gradient: bool = True,
         predictor_head: Literal["none", "mlp", "simsiam"] = "none",
+        horizon: PositiveInt = 1,
+        loss: Literal["cosine", "infonce"] = "cosine",
+        temperature: PositiveFloat = 0.1,
+        class_token_target: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.criterion = NextEmbeddingLoss(shift=shift, stop_gradient=stop_gradient)
-        self.predictor_head = None if predictor_head == "none" else TokenHead(predictor_head, self.backbone.embed_dim)
+        if loss not in ("cosine", "infonce"):
+            raise ValueError(f"loss={loss!r} is neither 'cosine' nor 'infonce'.")
+        if horizon > 1 and not shift:
+            raise ValueError(f"horizon={horizon} needs shift: without, a prediction is compared with its own place.")
+        tokens = self.backbone.patch_embed.num_patches + class_token_target
+        if not hasattr(self.backbone, "input_dim") and horizon >= tokens:
+            raise ValueError(f"horizon={horizon} must be less than the {tokens} tokens of an image.")
+        self.criterion = (
+            NextEmbeddingLoss(shift, stop_gradient)
+            if loss == "cosine"
+            else ContrastiveNextEmbeddingLoss(shift, stop_gradient, temperature)
+        )
+        self.class_token_target = class_token_target
+        dim = self.backbone.embed_dim
+        #: Per place ahead, what is between the transformer's outputs and the loss.
+        self.heads = nn.ModuleList(
+            TokenHead(predictor_head, dim)
+            if predictor_head != "none"
+            else (nn.Linear(dim, dim) if ahead else nn.Identity())
+            for ahead in range(horizon)
+        )
 
     def step(self, views: list[Tensor], masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
         """Return the next-embedding loss of the one view, and its features (B, D).
@@ -64,26 +95,32 @@ class NEPA(CausalMethod):
             embeddings, outputs = self.backbone.predict_next(views[0])
         if self.is_logging_step:
             self._log_collapse(embeddings[:, 1:].flatten(0, 1) if padding is None else embeddings[:, 1:][~padding])
-        predictions = outputs if self.predictor_head is None else self.predictor_head(outputs)
-        loss = self.criterion(embeddings, predictions, valid)
+        first = 0 if self.class_token_target else 1
+        seen, targets = outputs[:, first:], embeddings[:, first:]
+        valid = valid if valid is None else valid[:, first:]
+        predictions = [head(seen) for head in self.heads]
+        losses = [self.criterion(targets, found, valid, ahead + 1) for ahead, found in enumerate(predictions)]
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         if self.is_logging_step and self.criterion.shift:
-            self._log_skill(embeddings, loss, valid)
+            self._log_skill(targets, predictions[0], valid)
         if padding is None:
             return loss, self.pooled(outputs)
         there = (~padding)[:, :, None]
         return loss, (outputs[:, 1:] * there).sum(dim=1) / there.sum(dim=1)
 
     @torch.no_grad()
-    def _log_skill(self, embeddings: Tensor, loss: Tensor, valid: Tensor | None) -> None:
-        """Log the loss of copying each embedding (B, T, D) as its successor's prediction, and how much better we are.
+    def _log_skill(self, embeddings: Tensor, predictions: Tensor, valid: Tensor | None) -> None:
+        """Log the loss of copying each embedding as its successor's prediction, and how much better (B, T, D) are.
 
         Neighbours look alike, so that a loss near -1 may say little. The skill is 0 for copying and 1 for a perfect
         prediction.
         """
-        # past torch.compile, whose graph is that of training
-        copying = self.mean_over_devices(NextEmbeddingLoss.forward(self.criterion, embeddings, embeddings, valid))
+        cosine = NextEmbeddingLoss()
+        copying, loss = (
+            self.mean_over_devices(cosine(embeddings, found, valid)) for found in (embeddings, predictions)
+        )
         self.log("copy_baseline", copying)
-        self.log("skill", (copying - self.mean_over_devices(loss)) / (1 + copying).clamp_min(1e-6))
+        self.log("skill", (copying - loss) / (1 + copying).clamp_min(1e-6))
 
     @torch.no_grad()
     def _log_collapse(self, tokens: Tensor) -> None:

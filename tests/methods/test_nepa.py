@@ -36,11 +36,11 @@ def test_without_a_head_nothing_is_added():
 )
 def test_a_head_is_between_the_outputs_and_the_loss_and_not_exported(kind, parameters, tmp_path):
     model = nepa(predictor_head=kind).eval()  # in training, positions are rescaled at random
-    assert sum(p.numel() for p in model.predictor_head.parameters()) == parameters
+    assert sum(p.numel() for p in model.heads.parameters()) == parameters
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     loss, features = model.step([images])
     embeddings, outputs = model.backbone.predict_next(images)
-    layers = model.predictor_head.layers if kind == "mlp" else model.predictor_head.layers.layers
+    layers = model.heads[0].layers if kind == "mlp" else model.heads[0].layers.layers
     predictions = outputs.reshape(-1, 64)
     for layer in layers:
         predictions = layer(predictions)
@@ -62,6 +62,46 @@ def test_a_head_is_between_the_outputs_and_the_loss_and_not_exported(kind, param
 def test_an_unknown_head_is_refused():
     with pytest.raises(ValueError, match="predictor_head='linear' is none of none, mlp and simsiam"):
         nepa(predictor_head="linear")
+
+
+# -- several places ahead, contrast, and the class token ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["none", "mlp"])
+@pytest.mark.parametrize("loss", ["cosine", "infonce"])
+@pytest.mark.parametrize("class_token_target", [True, False])
+def test_the_loss_is_the_mean_over_the_places_ahead(head, loss, class_token_target):
+    model = nepa(predictor_head=head, horizon=3, loss=loss, temperature=0.5, class_token_target=class_token_target)
+    model.eval()  # in training, positions are rescaled at random
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    value, features = model.step([images])
+    embeddings, outputs = model.backbone.predict_next(images)
+    start = 0 if class_token_target else 1
+    terms = []
+    for k, layer in enumerate(model.heads, start=1):
+        assert isinstance(layer, torch.nn.Identity) == (head == "none" and k == 1)
+        predicted, targets = layer(outputs[:, start:])[:, :-k], embeddings[:, start + k :].detach()
+        cosines = torch.nn.functional.cosine_similarity(predicted[:, :, None], targets[:, None], dim=-1)
+        if loss == "cosine":
+            terms.append(-cosines.diagonal(dim1=1, dim2=2).mean())
+        else:
+            terms.append(-(cosines / 0.5).log_softmax(dim=2).diagonal(dim1=1, dim2=2).mean())
+    torch.testing.assert_close(value, torch.stack(terms).mean())
+    torch.testing.assert_close(features, outputs[:, 1:].mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 17}, "horizon=17 must be less than the 17 tokens"),
+        ({"horizon": 16, "class_token_target": False}, "horizon=16 must be less than the 16 tokens"),
+        ({"horizon": 2, "shift": False}, "horizon=2 needs shift"),
+        ({"loss": "mse"}, "loss='mse' is neither 'cosine' nor 'infonce'"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        nepa(**options)
 
 
 # -- the copy baseline and the skill -----------------------------------------------------------------------------------

@@ -42,4 +42,4 @@ def test_the_command_trains_exports_and_resumes(tmp_path):
     assert curve(whole) == curve(parts) and len(curve(whole)) == 10
     assert all(torch.equal(value, state(parts)[key]) for key, value in state(whole).items())
     backbone = nepa_plugin.load_backbone(whole / "backbone")
-    assert backbone.input_dim == 8 and not any("predictor_head" in key for key in backbone.state_dict())
+    assert backbone.input_dim == 8 and not any("heads" in key for key in backbone.state_dict())
