@@ -1,6 +1,6 @@
 """The labelled images of an evaluation, and loaders of them for one or several processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,9 +75,13 @@ def ordered_loader(
     runtime: Runtime,
     batch_size: int,
     num_workers: int | None = None,
+    used: Sequence[int] | None = None,
 ) -> DataLoader[Any]:
-    """Return batches of this process's images, ``rank::world_size``, in order: every image once over all processes."""
-    indices = list(range(len(images)))[runtime.rank :: runtime.world_size]
+    """Return batches of this process's images, ``rank::world_size``, in order: every image once over all processes.
+
+    ``used`` are the images to take, by index; all by default.
+    """
+    indices = list(range(len(images)) if used is None else used)[runtime.rank :: runtime.world_size]
     return DataLoader(
         SeededDataset(images, transform, 0, indices),
         batch_size=batch_size,
@@ -95,6 +99,7 @@ def shuffled_loader(
     seed: int,
     trainer: Any,
     num_workers: int | None = None,
+    used: Sequence[int] | None = None,
 ) -> DataLoader[Any]:
     """Return shuffled batches for training; order and augmentation follow from (seed, epoch, index).
 
@@ -106,11 +111,12 @@ def shuffled_loader(
         seed: Of the order and the augmentation.
         trainer: Whose progress says which epoch it is.
         num_workers: Loader processes.
+        used: The images to take, by index; all by default.
 
     Returns:
         A loader of (images, labels, filenames).
     """
-    dataset = SeededDataset(images, transform, seed, list(range(len(images))))
+    dataset = SeededDataset(images, transform, seed, list(range(len(images)) if used is None else used))
     sampler = EpochBatchSampler(
         len(dataset),
         batch_size,

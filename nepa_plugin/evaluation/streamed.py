@@ -35,7 +35,7 @@ from nepa_plugin.evaluation.knn import NearestNeighbours, check_labels, unit
 from nepa_plugin.evaluation.linear import LinearOptions
 from nepa_plugin.evaluation.options import EvaluationOptions
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.readout import ReadoutRow
+from nepa_plugin.evaluation.readout import FOLDS, ReadoutRow, hold_out
 from nepa_plugin.runtime.scoring import diverged
 
 Pair = tuple[str, str]  # depth and pooling
@@ -61,7 +61,36 @@ def streamed_readout(
     """
     knn = _knn(model, images, form, runtime, options)
     linear = _linear(model, images, form, runtime, options)
-    return [ReadoutRow(depth, pool, knn[depth, pool], linear[depth, pool]) for depth, pool in _pairs(model)]
+    chosen = _held_out(model, images, form, runtime, options)
+    return [
+        ReadoutRow(*pair, knn[pair], linear[pair], chosen[pair] if chosen is not None else None)
+        for pair in _pairs(model)
+    ]
+
+
+def _held_out(
+    model: Any, images: Images, form: ImageFormat, runtime: Runtime, options: EvaluationOptions
+) -> dict[Pair, float] | None:
+    """Return each pair's accuracy on training images that its probe was not trained on; nothing if a class has few.
+
+    A part of the training images is enough to say which depth is best: at most ``logistic_limit`` of four fifths of
+    them to train on, and as many per class as there are of the other fifth to score, in proportion.
+    """
+    held = hold_out(torch.tensor(images.train.dataset.targets))
+    if held is None:
+        return None
+    used = _spread(~held, options.linear.logistic_limit), _spread(held, options.linear.logistic_limit // FOLDS)
+    if min(map(len, used)) < runtime.world_size:
+        return None
+    return _linear(model, images, form, runtime, options, used)
+
+
+def _spread(mask: Tensor, limit: int) -> list[int]:
+    """Return the places (N,) where a mask is set, or, if these are more than ``limit``, so many evenly among them."""
+    places = mask.nonzero().flatten()
+    if len(places) > max(1, limit):
+        places = places[torch.linspace(0, len(places) - 1, max(1, limit)).long()]
+    return [int(place) for place in places]
 
 
 def _pairs(model: Any) -> list[Pair]:
@@ -111,16 +140,28 @@ def _knn(
 
 
 def _linear(
-    model: Any, images: Images, form: ImageFormat, runtime: Runtime, options: EvaluationOptions
+    model: Any,
+    images: Images,
+    form: ImageFormat,
+    runtime: Runtime,
+    options: EvaluationOptions,
+    used: tuple[list[int], list[int]] | None = None,
 ) -> dict[Pair, float]:
-    recipe = options.linear
-    batch = batch_per_process(recipe.batch_size, len(images.train), runtime.world_size)
+    """Return each pair's accuracy: trained on all training images and scored on the validation images.
+
+    With ``used``, it is trained and scored on these two parts of the training images.
+    """
+    recipe, (fit, score) = options.linear, used or (None, None)
+    scored = images.val if used is None else images.train
+    batch = batch_per_process(recipe.batch_size, len(images.train if fit is None else fit), runtime.world_size)
     with quiet(options.seed), frozen(model):
         probes = DepthProbes(PooledDepths(model, options.concat), batch, len(images.classes), recipe)
         trainer = runtime.trainer(recipe.readout_epochs)
         transform = form.random_crop(recipe.crop_scale, recipe.hflip_prob)
-        train = shuffled_loader(images.train, transform, runtime, batch, options.seed, trainer, options.num_workers)
-        val = ordered_loader(images.val, form.evaluation(), runtime, batch, options.num_workers)
+        train = shuffled_loader(
+            images.train, transform, runtime, batch, options.seed, trainer, options.num_workers, fit
+        )
+        val = ordered_loader(scored, form.evaluation(), runtime, batch, options.num_workers, score)
         trainer.fit(probes, train, val)
         return probes.best()
 

@@ -1,7 +1,7 @@
 import copy
 import math
 import shutil
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import timm
@@ -17,7 +17,7 @@ from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.evaluation import EvaluationOptions, LinearOptions, concat_depths, evaluate, extract_depth_features
 from nepa_plugin.evaluation.images import open_images, ordered_loader
 from nepa_plugin.evaluation.processes import Runtime, quiet
-from nepa_plugin.evaluation.streamed import LR_FACTORS, DepthProbes, PooledDepths
+from nepa_plugin.evaluation.streamed import LR_FACTORS, DepthProbes, PooledDepths, _held_out, _spread
 
 CPU = Runtime("cpu", 1, torch.device("cpu"))
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.5}
@@ -163,5 +163,20 @@ def test_neighbours_equal_those_of_kept_features(folder, tmp_path):
         for row, other in zip(entry[rows], kept[rows], strict=True):
             assert row["knn"] == pytest.approx(other["knn"], abs=1e-4)
             assert row["linear"] * 29 / 100 == pytest.approx(round(row["linear"] * 29 / 100), abs=1e-3)
+            assert row["held_out"] * 12 / 100 == pytest.approx(round(row["held_out"] * 12 / 100), abs=1e-3)
     assert entry["rows"] != entry["untrained_rows"]
     assert (tmp_path / "readout.png").is_file() and (tmp_path / "results.json").is_file()
+
+
+def test_what_chooses_the_depth_is_spread_over_the_training_images():
+    mask = torch.arange(100) % 5 == 4
+    assert _spread(mask, 50) == list(range(4, 100, 5))
+    some = _spread(~mask, 8)
+    assert len(some) == 8 and some[0] == 0 and some[-1] == 98 and not mask[some].any()
+    assert max(b - a for a, b in pairwise(some)) <= 16
+
+
+def test_few_images_of_a_class_choose_nothing(folder):
+    images = open_images(folder)
+    images.train.dataset.targets[:] = [0] * 58 + [1] * 3
+    assert _held_out(_model(), images, ImageFormat.of(_model()), CPU, _options("sgd")) is None
