@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models._input import update_model_args
 from timm.models._manipulate import checkpoint
 from timm.models.eva import Eva
@@ -21,6 +21,8 @@ from nepa_plugin.rope import ResidentRope, as_coordinates
 AttentionMode = Literal["causal", "bidirectional"]
 Activation = Literal["gelu", "silu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU}
+PositionEmbedding = Literal["rope", "absolute"]
+POSITION_EMBEDDINGS: tuple[str, ...] = ("rope", "absolute")
 ATTENTION_MODES: tuple[str, ...] = ("causal", "bidirectional")
 NEPA_MEAN = NEPA_STD = (0.5, 0.5, 0.5)
 
@@ -56,6 +58,8 @@ class NepaViT(Eva):
         qk_norm_affine: Give QK-norm a learned weight (no bias), as the published fine-tuned checkpoints have, and the
             pretrained ViT-L.
         init_values: Initial value of LayerScale; 0 for none, as where it is folded into the weights.
+        position_embedding: ``"rope"``, as published, or ``"absolute"``, a learned vector per place that is added to the
+            transformer's input and not to what is predicted (an ablation).
         rope_temperature: Base of the RoPE periods.
         rope_rescale_coords: In training mode the patch coordinates are multiplied by a factor drawn log-uniformly
             from [1/r, r], once per forward pass. 1 turns this off.
@@ -86,6 +90,7 @@ class NepaViT(Eva):
         qk_norm: bool = True,
         qk_norm_affine: bool = False,
         init_values: float = 1e-5,
+        position_embedding: PositionEmbedding = "rope",
         rope_temperature: float = 100.0,
         rope_rescale_coords: float = 2.0,
         use_fc_norm: bool | None = None,
@@ -98,6 +103,8 @@ class NepaViT(Eva):
             raise ValueError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
         if mlp_act is not None and mlp_act not in ACTIVATIONS:
             raise ValueError(f"mlp_act={mlp_act!r} is not one of {tuple(ACTIVATIONS)}.")
+        if position_embedding not in POSITION_EMBEDDINGS:
+            raise ValueError(f"position_embedding={position_embedding!r} is not one of {POSITION_EMBEDDINGS}.")
         if embed_dim % (4 * num_heads):
             raise ValueError(
                 f"embed_dim={embed_dim} must be a multiple of 4 x num_heads={num_heads}: axial RoPE rotates pairs of "
@@ -122,8 +129,8 @@ class NepaViT(Eva):
             attn_type="rope",
             qk_norm=qk_norm,
             init_values=init_values or None,
-            use_abs_pos_emb=False,
-            use_rot_pos_emb=True,
+            use_abs_pos_emb=position_embedding == "absolute",
+            use_rot_pos_emb=position_embedding == "rope",
             rope_type="dinov3",
             rope_temperature=rope_temperature,
             rope_rotate_half=True,
@@ -141,7 +148,8 @@ class NepaViT(Eva):
         #: Depth and pooling that :meth:`extract_features` reads by default.
         self.best_feature = ("final norm", "mean")
         self.attention: str = attention
-        self.rope.__class__ = ResidentRope  # Eva builds its RoPE by a name, and there is none for a class of ours
+        if self.rope is not None:
+            self.rope.__class__ = ResidentRope  # Eva builds its RoPE by a name, and there is none for a class of ours
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         for block in self.blocks:
             if mlp_act is not None:
@@ -225,17 +233,27 @@ class NepaViT(Eva):
             )
         return images
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the input embeddings (B, T, D), before any dropout, and the RoPE table (N, 2 * head_dim)."""
-        patches = self.patch_embed(self._prepare(images))
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the input embeddings (B, T, D), before any dropout, and where they are.
+
+        Which is the RoPE table (N, 2 * head_dim), or what is to be added to them, (1, T, D) or (1, N, D).
+        """
+        patches, rope, places = self.patch_embed(self._prepare(images)), None, self.pos_embed
         if self.dynamic_img_size:
-            rope = self.rope.get_embed(shape=patches.shape[1:3])
+            grid = list(patches.shape[1:3])
+            if self.rope is not None:
+                rope = self.rope.get_embed(shape=grid)
+            else:
+                prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+                places = resample_abs_pos_embed(
+                    places, new_size=grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=prefix
+                )
             patches = patches.flatten(1, 2)
-        else:
+        elif self.rope is not None:
             rope = self.rope.get_embed()
         if self.cls_token is None:
-            return patches, rope
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1), rope
+            return patches, rope, places
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1), rope, places
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the input embeddings z: class token, then one embedding per patch in raster order.
@@ -268,6 +286,8 @@ class NepaViT(Eva):
             if self.is_causal:  # a kernel is causal or takes a mask; and every element sees itself, padding too
                 before = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=seen.device).tril()
                 mask = before & (mask | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device))
+        if self.rope is None:
+            raise ValueError("Sequences need RoPE: absolute positions are those of an image's patches.")
         rope = self.rope.table_at(as_coordinates(positions, batch, length, embeddings.device))
         if self.cls_token is not None:
             embeddings = torch.cat([self.cls_token.expand(batch, -1, -1), embeddings], dim=1)
@@ -280,6 +300,8 @@ class NepaViT(Eva):
         embeddings: Tensor | None = None,
         positions: Tensor | None = None,
         padding: Tensor | None = None,
+        masked: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the input embeddings and, for each, the prediction of the next one.
 
@@ -294,6 +316,9 @@ class NepaViT(Eva):
                 Neighbours are as far apart as the patches of a 16x16 grid. By default on a line, one after the other.
             padding: True where a sequence has nothing, (B, T). No output elsewhere depends on what is there, and
                 :class:`~nepa_plugin.loss.NextEmbeddingLoss` leaves it out with ``valid``.
+            masked: True where the transformer sees ``mask_token`` (1, 1, D) in place of a patch, (B, N); the embeddings
+                that are returned are the patches' (an ablation).
+            mask_token: What it sees there.
 
         Returns:
             ``(embeddings, predictions)``, z and z-hat of the paper, each (B, T, D), class token first. The embeddings
@@ -310,11 +335,19 @@ class NepaViT(Eva):
         if images is not None:
             if positions is not None or padding is not None:
                 raise ValueError("predict_next: positions and padding go with embeddings, not with images.")
-            (embeddings, rope), mask = self._embed(images), None
+            (embeddings, rope, places), mask = self._embed(images), None
         else:
             assert embeddings is not None
-            embeddings, rope, mask = self._sequence(embeddings, positions, padding)
-        x = self.norm_pre(self.pos_drop(embeddings))
+            (embeddings, rope, mask), places = self._sequence(embeddings, positions, padding), None
+        x = embeddings
+        if masked is not None:
+            if mask_token is None or masked.shape != (len(x), x.shape[1] - self.num_prefix_tokens):
+                raise ValueError("predict_next: masked, one boolean per patch, goes with a mask_token.")
+            hidden = F.pad(masked, (self.num_prefix_tokens, 0), value=False)
+            x = torch.where(hidden[:, :, None], mask_token.to(x.dtype), x)
+        if places is not None:
+            x = x + (F.pad(places, (0, 0, self.num_prefix_tokens, 0)) if self.no_embed_class else places)
+        x = self.norm_pre(self.pos_drop(x))
         attention = {"attn_mask": mask, "is_causal": self.is_causal and mask is None}
         for block in self.blocks:
             if self.grad_checkpointing and self.training:

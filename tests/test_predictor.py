@@ -280,3 +280,67 @@ def test_patch_dropout_does_not_predict():
     with pytest.raises(ValueError, match="patch_drop_rate=0"):
         model.train().predict_next(torch.randn(1, 3, 16, 16))
     assert model.eval().predict_next(torch.randn(1, 3, 16, 16))[1].shape == (1, 17, 32)
+
+
+# -- absolute positions, and masked inputs: ablations ------------------------------------------------------------------
+
+
+@pytest.fixture
+def absolute():
+    torch.manual_seed(0)
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
+    return timm.create_model("nepa_vit_tiny_patch14_224", position_embedding="absolute", **size).eval()
+
+
+def test_absolute_positions_are_added_to_the_input_and_not_to_the_targets(absolute):
+    assert absolute.rope is None and absolute.pos_embed.shape == (1, 17, 32)
+    nn.init.normal_(absolute.pos_embed)
+    images = torch.randn(2, 3, 16, 16)
+    embeddings, predictions = absolute.predict_next(images)
+    patches = absolute.patch_embed(images)
+    assert torch.equal(embeddings[:, 1:], patches) and torch.equal(embeddings, absolute.embed(images))
+    x = embeddings + absolute.pos_embed
+    for block in absolute.blocks:
+        x = block(x, is_causal=True)
+    torch.testing.assert_close(predictions, absolute.norm(x))
+    torch.testing.assert_close(predictions, absolute.forward_features(images))
+    with torch.no_grad():
+        absolute.pos_embed[:, 9] += torch.randn(32)
+    later = absolute.predict_next(images)[1]
+    assert torch.equal(later[:, :9], predictions[:, :9]) and not near(later[:, 9:], predictions[:, 9:], 0.01)
+
+
+def test_absolute_positions_travel_in_a_folder_and_follow_the_size(absolute, tmp_path):
+    nn.init.normal_(absolute.pos_embed)
+    images = torch.randn(2, 3, 16, 16)
+    nepa_plugin.save_backbone(absolute, tmp_path / "timm")
+    assert torch.equal(nepa_plugin.load_backbone(tmp_path / "timm")(images), absolute(images))
+    with pytest.raises(nepa_plugin.CheckpointError, match="no place for pos_embed"):
+        nepa_plugin.save_backbone(absolute, tmp_path / "nepa", layout="nepa")
+    dynamic = nepa_plugin.load_backbone(tmp_path / "timm", dynamic_img_size=True)
+    assert near(dynamic.predict_next(images)[1], absolute(images), 1e-5)
+    wide = torch.randn(1, 3, 16, 32)
+    assert near(dynamic.predict_next(wide)[1], dynamic.forward_features(wide), 1e-5)
+    with pytest.raises(ValueError, match="Sequences need RoPE"):
+        absolute.predict_next(embeddings=torch.zeros(1, 4, 32))
+    with pytest.raises(ValueError, match="position_embedding='learned' is not one of"):
+        timm.create_model("nepa_vit_tiny_patch14_224", position_embedding="learned")
+
+
+def test_masked_inputs_are_not_seen_and_stay_targets(small):
+    small.eval()
+    images = torch.randn(2, 3, *small.patch_embed.img_size)
+    patches = small.patch_embed.num_patches
+    masked = torch.zeros(2, patches, dtype=torch.bool)
+    masked[:, 1] = masked[0, 3] = True
+    token = torch.randn(1, 1, small.embed_dim)
+    embeddings, _ = small.predict_next(images, masked=masked, mask_token=token)
+    assert torch.equal(embeddings, small.embed(images))
+    with torch.no_grad():
+        small.patch_embed.proj.bias.add_(0.5)
+        other, seen = small.predict_next(images, masked=torch.ones_like(masked), mask_token=token)
+        small.patch_embed.proj.bias.sub_(0.5)
+        whole, again = small.predict_next(images, masked=torch.ones_like(masked), mask_token=token)
+    assert not torch.equal(other, whole) and torch.equal(seen, again)
+    with pytest.raises(ValueError, match="masked, one boolean per patch, goes with a mask_token"):
+        small.predict_next(images, masked=masked)

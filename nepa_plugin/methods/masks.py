@@ -255,6 +255,24 @@ class BlockwiseMasks:
 
 
 @dataclass(frozen=True)
+class RandomMasks:
+    """A number of patches of each image, each as likely as any other.
+
+    Attributes:
+        num_patches: Patches of an image, N.
+        masked: How many of them.
+    """
+
+    num_patches: int
+    masked: int
+
+    def __call__(self, batch_size: int) -> tuple[Tensor]:
+        """Draw the masks of a batch: True where a patch is masked, (B, N)."""
+        order = torch.rand(batch_size, self.num_patches).argsort(dim=1)
+        return (order < self.masked,)
+
+
+@dataclass(frozen=True)
 class PrefixMasks:
     """AIM's prefixes of 1 ... N - 1 of the N patches.
 

@@ -11,7 +11,8 @@ from nepa_plugin.data.transforms import NEPATransform
 from nepa_plugin.loss import ContrastiveNextEmbeddingLoss, NextEmbeddingLoss
 from nepa_plugin.methods.causal import CausalMethod
 from nepa_plugin.methods.heads import TokenHead
-from nepa_plugin.runtime.ranges import PositiveFloat, PositiveInt
+from nepa_plugin.methods.masks import RandomMasks
+from nepa_plugin.runtime.ranges import FractionBelowOne, PositiveFloat, PositiveInt
 
 
 class NEPA(CausalMethod):
@@ -33,6 +34,8 @@ class NEPA(CausalMethod):
             (:class:`~nepa_plugin.loss.ContrastiveNextEmbeddingLoss`).
         temperature: Of ``infonce``.
         class_token_target: Let the class token's output predict the first patch, as published.
+        input_mask_ratio: Fraction of the patches that the transformer sees a mask token in place of; what is predicted
+            stays as it is (an ablation of the paper).
         **kwargs: Arguments of :class:`~nepa_plugin.methods.causal.CausalMethod`.
 
     Raises:
@@ -54,6 +57,7 @@ class NEPA(CausalMethod):
         loss: Literal["cosine", "infonce"] = "cosine",
         temperature: PositiveFloat = 0.1,
         class_token_target: bool = True,
+        input_mask_ratio: FractionBelowOne = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -71,6 +75,14 @@ class NEPA(CausalMethod):
         )
         self.class_token_target = class_token_target
         dim = self.backbone.embed_dim
+        self.mask_token: nn.Parameter | None = None
+        if input_mask_ratio:
+            patches = self.backbone.patch_embed.num_patches
+            if hasattr(self.backbone, "input_dim") or not int(input_mask_ratio * patches):
+                raise ValueError(f"input_mask_ratio={input_mask_ratio} masks none of an image's patches: raise it.")
+            self.masks = RandomMasks(patches, int(input_mask_ratio * patches))
+            self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         #: Per place ahead, what is between the transformer's outputs and the loss.
         self.heads = nn.ModuleList(
             TokenHead(predictor_head, dim)
@@ -79,15 +91,19 @@ class NEPA(CausalMethod):
             for ahead in range(horizon)
         )
 
-    def step(self, views: list[Tensor], masks: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    def step(self, views: list[Tensor], masks: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the next-embedding loss of the one view, and its features (B, D).
 
         Args:
             views: Images (B, C, H, W), or sequences (B, T, input_dim) for a backbone that takes them.
-            masks: Of sequences that are padded, their lengths (B,).
+            masks: Of sequences that are padded, their lengths (B,); with ``input_mask_ratio``, which patches of images
+                are masked (B, N).
         """
         padding = valid = None
-        if masks:
+        if self.mask_token is not None:
+            (masked,) = self.drawn_masks(views[0], masks)
+            embeddings, outputs = self.backbone.predict_next(views[0], masked=masked, mask_token=self.mask_token)
+        elif masks:
             padding = torch.arange(views[0].shape[1], device=views[0].device) >= masks[0][:, None]
             valid = self.backbone.valid(padding)
             embeddings, outputs = self.backbone.predict_next(views[0], padding=padding)

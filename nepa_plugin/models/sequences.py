@@ -54,9 +54,9 @@ class EmbeddingSequence(NepaViT):
         layer = self.patch_embed.proj
         return F.linear(sequences, layer.weight.flatten(1), layer.bias)
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         embeddings, rope, _ = self._sequence(self.project(images), None, None)
-        return embeddings, rope
+        return embeddings, rope, None
 
     def predict_next(  # type: ignore[override]  # the sequences stand where images are
         self, sequences: Tensor, *, positions: Tensor | None = None, padding: Tensor | None = None

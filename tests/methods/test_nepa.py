@@ -104,6 +104,25 @@ def test_options_that_do_not_go_together(options, message):
         nepa(**options)
 
 
+def test_masked_inputs_have_clean_targets_and_a_token_of_their_own():
+    model = nepa(input_mask_ratio=0.4).eval()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    (masked,) = model.masks(4)
+    assert masked.shape == (4, 16) and (masked.sum(dim=1) == 6).all() and not torch.equal(masked[0], masked[1])
+    loss, _ = model.step([images], [masked])
+    hidden = torch.cat([torch.zeros(4, 1, dtype=torch.bool), masked], dim=1)
+    clean = model.backbone.embed(images)
+    x = torch.where(hidden[:, :, None], model.mask_token, clean)
+    for block in model.backbone.blocks:
+        x = block(x, rope=model.backbone.rope.get_embed(), is_causal=True)
+    cosine = torch.nn.functional.cosine_similarity(model.backbone.norm(x)[:, :-1], clean[:, 1:].detach(), dim=-1)
+    torch.testing.assert_close(loss, -cosine.mean())
+    assert nepa().mask_token is None and nepa().masks is None
+    with pytest.raises(ValueError, match=r"input_mask_ratio=0.01 masks none"):
+        nepa(input_mask_ratio=0.01)
+
+
 # -- the copy baseline and the skill -----------------------------------------------------------------------------------
 
 
