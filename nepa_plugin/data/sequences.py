@@ -41,7 +41,7 @@ class SequenceFolder(LightlyDataset):
     """
 
     def __init__(self, root: str | Path, what: str = "data.train_dir") -> None:
-        super().__init__(None, index_to_filename=lambda dataset, index: dataset.names[index])
+        super().__init__(None, index_to_filename=_name_of)
         self.input_dir = str(root)
         self.dataset = Sequences(Path(root), what)
 
@@ -74,6 +74,10 @@ class SequenceFolder(LightlyDataset):
             return Check(bad, hashlib.sha256(repr(found).encode()).hexdigest())
 
         return kept_check(Path(self.input_dir).resolve() / "sequences", self.signature(), look)
+
+
+def _name_of(dataset: "Sequences", index: int) -> str:
+    return dataset.names[index]
 
 
 def check_width(sequences: SequenceFolder | None, input_dim: int | None) -> None:

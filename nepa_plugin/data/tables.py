@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from nepa_plugin.data.files import MAX_PIXELS, Check, examine, files_signature, 
 TRAIN, VAL = ("train",), ("validation", "val", "test")
 _SUFFIXES = (".parquet", ".arrow")
 _SPLIT_IN_NAME = re.compile(r"(?:^|-)(train|validation|val|test)-\d+-of-\d+\.(?:parquet|arrow)$")
-#: Rows that are looked at together.
-_ROWS = 256
 
 
 def table_splits(root: str | Path) -> dict[str, list[Path]]:
@@ -103,7 +101,7 @@ class TableImages(LightlyDataset):
     """
 
     def __init__(self, root: Path, files: list[Path], what: str, max_pixels: int = MAX_PIXELS) -> None:
-        super().__init__(None, index_to_filename=lambda dataset, index: dataset.name(index))
+        super().__init__(None, index_to_filename=_name_of)
         self.input_dir = str(root)
         self.files = files
         self.max_pixels = max_pixels
@@ -118,14 +116,18 @@ class TableImages(LightlyDataset):
 
         def look() -> Check:
             bad, sizes = {}, []
-            for name, data in self.dataset.rows():
-                why, digest = examine(io.BytesIO(data), self.max_pixels)
-                sizes.append((name, len(data), digest))
+            for name, file, size in self.dataset.files():
+                why, digest = ("not there", "") if file is None else examine(file, self.max_pixels)
+                sizes.append((name, size, digest))
                 if why:
                     bad[name] = why
             return Check(bad, hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest())
 
         return kept_check(self.files[0].resolve(), f"{self.signature()} {self.max_pixels}", look)
+
+
+def _name_of(dataset: "Table", index: int) -> str:
+    return dataset.names[index]
 
 
 class Table:
@@ -142,18 +144,15 @@ class Table:
                 table = datasets.Dataset.from_parquet([str(path) for path in files], cache_dir=cache)
         except Exception as error:  # pyarrow's, datasets' and the system's
             raise DataError(f"{what} cannot be read as a table of images: {' '.join(str(error).split())}") from error
-        self.what = what
         self.image, self.label = _columns(table.features, datasets, what)
-        self.table = table.select_columns([self.image, *([self.label] if self.label else [])])
-        self.table = self.table.cast_column(self.image, datasets.Image(decode=False))
+        feature = table.features[self.label] if self.label else None
+        table = table.select_columns([self.image, *([self.label] if self.label else [])])
+        self.table = table.cast_column(self.image, datasets.Image(decode=False))
         if not len(self.table):
             raise DataError(f"{what} holds no image.")
-        feature = table.features[self.label] if self.label else None
         #: Class index of every row; none where a row has no label, as in a test split.
-        self.targets: list[int] = (
-            [] if self.label is None else [int(x) for x in self.table.with_format("numpy")[self.label][:]]
-        )
-        if any(target < 0 for target in self.targets):
+        self.targets: list[int] = list(self.table[self.label][:]) if self.label else []
+        if any(target is None or target < 0 for target in self.targets):
             self.targets = []
         names = getattr(feature, "names", None)
         self.classes: list[str] = []
@@ -163,53 +162,59 @@ class Table:
     def __len__(self) -> int:
         return len(self.table)
 
-    def name(self, index: int) -> str:
-        """Return what a row is called: its number, which no other has, and its file's name, if that is known."""
-        return self._named(index, self.table[index][self.image])
-
-    def _named(self, index: int, cell: dict[str, Any]) -> str:
-        path = (cell or {}).get("path")
-        return f"row {index} ({os.path.basename(path)})" if path else f"row {index}"
+    def _cells(self) -> Iterator[tuple[Any, list[str | None]]]:
+        """Yield the images' bytes, as an arrow array in which those that are not there are null, and their paths."""
+        for chunk in self.table.data.column(self.image).chunks:
+            fields, parts = [field.name for field in chunk.type], chunk.flatten()  # null where the whole cell is
+            data, paths = (parts[fields.index(name)] for name in ("bytes", "path"))
+            yield data, paths.to_pylist()
 
     @cached_property
-    def filenames(self) -> list[str]:
-        """What all rows are called."""
-        return [name for name, _ in self.rows()]
+    def names(self) -> list[str]:
+        """What all rows are called: by number, which no other has, and by the file's name, if that is known."""
+        paths = [path for _, part in self._cells() for path in part]
+        return [f"row {i} ({os.path.basename(path)})" if path else f"row {i}" for i, path in enumerate(paths)]
 
     def get_filenames(self) -> list[str]:
         """Return what all rows are called."""
-        return self.filenames
+        return self.names
 
-    def rows(self) -> Iterator[tuple[str, bytes]]:
-        """Yield name and bytes of every image in order; of one that is not there, no bytes."""
-        for start in range(0, len(self), _ROWS):
-            for offset, cell in enumerate(self.table[start : start + _ROWS][self.image]):
-                try:
-                    yield self._named(start + offset, cell), _bytes(cell)
-                except OSError:
-                    yield self._named(start + offset, cell), b""
+    def files(self) -> Iterator[tuple[str, BinaryIO | None, int]]:
+        """Yield name, file and size of every image in order; of one that is not there, none and 0.
+
+        Of an image in the table nothing is read before the file is.
+        """
+        import pyarrow
+
+        index = 0
+        for data, paths in self._cells():
+            for place, path in enumerate(paths):
+                name, index = self.names[index], index + 1
+                buffer = data[place].as_buffer()
+                if buffer is not None:
+                    yield name, pyarrow.BufferReader(buffer), buffer.size
+                elif path is not None and os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        yield name, file, os.path.getsize(path)
+                else:
+                    yield name, None, 0
 
     def read(self, index: int) -> tuple[Tensor, int]:
         """Return the bytes (N,) of an image's file, and its class.
 
         Raises:
-            OSError: If the table holds the path of a file that cannot be read.
+            OSError: If there is none, or the table holds the path of a file that cannot be read.
         """
-        data = _bytes(self.table[index][self.image])
+        cell = self.table[index][self.image] or {}
+        if cell.get("bytes") is None and not cell.get("path"):
+            raise FileNotFoundError("there is no image in this row")
+        data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()), self.targets[index] if self.targets else 0
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         data, target = self.read(index)
         with Image.open(io.BytesIO(data.numpy().tobytes())) as image:
             return image.convert("RGB"), target
-
-
-def _bytes(cell: dict[str, Any] | None) -> bytes:
-    if cell is None:
-        raise FileNotFoundError("there is no image in this row")
-    if cell["bytes"] is not None:
-        return bytes(cell["bytes"])
-    return Path(cell["path"]).read_bytes()
 
 
 def _columns(features: Any, datasets: Any, what: str) -> tuple[str, str | None]:

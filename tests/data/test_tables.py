@@ -161,7 +161,7 @@ def test_parquet_of_another_hand_with_paths_in_place_of_images(few, tmp_path):
     table = open_images(tmp_path)
     assert table.dataset.targets == [0, 1, 1, 0] and table.dataset.classes == ["0", "1"]
     assert np.array_equal(np.asarray(table[1][0]), np.asarray(Image.open(files[1]).convert("RGB")))
-    assert table.check().bad == {"row 3 (gone.png)": "damaged"}
+    assert table.check().bad == {"row 3 (gone.png)": "not there"}
 
 
 def test_what_is_no_table_of_images_is_one_clear_error(few, tables, tmp_path):
