@@ -186,7 +186,8 @@ class ImageData(LightningDataModule):
         Raises:
             DataError: If it cannot.
         """
-        check_width(self.sequences, getattr(method.backbone, "input_dim", None))
+        backbone = getattr(method, "backbone", None)  # fine-tuning has a network instead, of images
+        check_width(self.sequences, getattr(backbone, "input_dim", None))
         if self.sequences is None:
             build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
 
