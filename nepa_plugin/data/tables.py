@@ -112,7 +112,10 @@ class TableImages(LightlyDataset):
         return files_signature(self.files[0].parent, [path.name for path in self.files], times)
 
     def check(self) -> Check:
-        """Look at all images: which are unreadable, and a hash of all; kept as :func:`check_files` keeps it."""
+        """Look at all images: which are unreadable, and a hash of all.
+
+        The result is kept as that of :func:`~nepa_plugin.data.files.check_files`.
+        """
 
         def look() -> Check:
             bad, sizes = {}, []

@@ -51,11 +51,7 @@ class Codebook(nn.Module):
 class CodebookMethod(Method):
     """Base of the methods that predict ids of a codebook. It is fitted on the first batch of the first process.
 
-    Subclasses set :attr:`codebook` and implement :meth:`vectors`.
-
-    Args:
-        *args: Positional arguments of :class:`~nepa_plugin.methods.base.Method`.
-        **kwargs: Its other arguments.
+    Subclasses set ``codebook`` in their constructor and implement ``vectors``.
     """
 
     codebook: Codebook
