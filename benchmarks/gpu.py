@@ -34,6 +34,7 @@ from nepa_plugin.data.pipelines import FileDataset, build_pipeline
 from nepa_plugin.methods import Method
 from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.speed import Case, Options, benchmark, largest_batch, profile_step, step_memory
+from nepa_plugin.speed.cases import NAMES
 from nepa_plugin.speed.flops import matrix_peak
 from nepa_plugin.speed.memory import GIB
 from nepa_plugin.speed.run import RandomViews
@@ -48,22 +49,7 @@ FIXTURE = ROOT / "tests" / "data" / "nepa-toy-gelu"
 CONFIGS = ROOT / "lightly_configs"
 #: At toy size two stand for all: the tests train every method by the same command.
 TOY_METHODS = ["nepa", "ibot"]
-METHODS = [
-    "nepa",
-    "simclr",
-    "mocov3",
-    "simsiam",
-    "byol",
-    "dino",
-    "lejepa",
-    "mae",
-    "ijepa",
-    "aim",
-    "ibot",
-    "beit",
-    "igpt",
-    "cpc",
-]
+METHODS = list(NAMES)
 #: What we are after, in results' words: share of the measured bf16 peak of a ViT-B step, and compiled over eager.
 GOALS = {"utilisation of ViT-B": 0.51, "compiled over eager": 1.3}
 PART_SECONDS = 150

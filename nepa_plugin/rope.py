@@ -62,16 +62,19 @@ class ResidentRope(RotaryEmbeddingDinoV3):
         """Return the sine and cosine table (H * W, 2 * head_dim) of a grid of (H, W) patches."""
         augmented = not no_aug and self.training and self.aug_active
         if augmented and self._factor_seed is not None:
-            # on the CPU, and a number: as a tensor it would have to be copied over
-            generator, bound = torch.Generator().manual_seed(self._factor_seed), math.log(self.rescale_coords or 1.0)
-            self._factors_drawn += 1
-            drawn = torch.empty(self._factors_drawn).uniform_(-bound, bound, generator=generator)
-            self._factor, no_aug = drawn[-1].exp().item(), True
+            self._factor, no_aug = self._seeded_factor(self._factor_seed), True
         try:
             with self.periods.device:
                 return super()._create_embed(feat_shape, no_aug)
         finally:
             self._factor = 1.0
+
+    def _seeded_factor(self, seed: int) -> float:
+        # on the CPU, and a number: as a tensor it would have to be copied over
+        generator, bound = torch.Generator().manual_seed(seed), math.log(self.rescale_coords or 1.0)
+        self._factors_drawn += 1
+        drawn = torch.empty(self._factors_drawn).uniform_(-bound, bound, generator=generator)
+        return float(drawn[-1].exp())
 
     def _get_pos_embed_from_coords(self, coords: Tensor) -> tuple[Tensor, Tensor]:
         """Return sine and cosine (H * W, head_dim) of the angles at coordinates (H * W, 2)."""
@@ -88,7 +91,10 @@ class ResidentRope(RotaryEmbeddingDinoV3):
         """
         flat = coordinates.flatten(0, -2)
         if self.training and self.aug_active and self.rescale_coords:
-            bound = math.log(self.rescale_coords)
-            flat = flat * torch.empty(1, device=flat.device).uniform_(-bound, bound).exp()
+            if self._factor_seed is not None:
+                flat = flat * self._seeded_factor(self._factor_seed)
+            else:
+                bound = math.log(self.rescale_coords)
+                flat = flat * torch.empty(1, device=flat.device).uniform_(-bound, bound).exp()
         table = torch.cat(self._get_pos_embed_from_coords(flat), dim=-1)
         return table if coordinates.ndim == 2 else table.view(*coordinates.shape[:2], -1)[:, None]

@@ -33,7 +33,7 @@ from nepa_plugin.data.samples import (
 )
 from nepa_plugin.data.sequences import SequenceFolder, SequencePipeline, check_width, is_sequence_folder
 from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
-from nepa_plugin.data.tables import VAL, open_images
+from nepa_plugin.data.tables import VAL, open_images, table_splits
 from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, check_ranges
 from nepa_plugin.runtime.step_seed import trained_batches
 
@@ -109,10 +109,15 @@ class ImageData(LightningDataModule):
         self.max_tokens = max_tokens
         self.train_images: LightlyDataset | None = None
         if train_dir:
-            self.train_images = _open(train_dir, max_image_pixels)
+            if is_sequence_folder(train_dir) and not table_splits(train_dir):
+                self.train_images = SequenceFolder(train_dir)
+            else:
+                self.train_images = open_images(train_dir, "data.train_dir", max_image_pixels)
             if self.sequences and (val_dir or pipeline != "pil"):
                 option = "val_dir" if val_dir else "pipeline"
                 raise DataError(f"data.{option}: {train_dir} holds sequences, which have none; leave it out.")
+        if max_tokens is not None and self.sequences is None:
+            raise DataError("data.max_tokens is about sequences, and the training data are images; leave it out.")
         self.val_images = open_images(val_dir, "data.val_dir", max_image_pixels, VAL) if val_dir else None
         self._indices: dict[int, list[int]] = {}
         classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
@@ -342,13 +347,3 @@ class ImageData(LightningDataModule):
             persistent_workers=workers > 0,
             pin_memory=self._pin_memory,
         )
-
-
-def _open(train_dir: str, max_pixels: int) -> LightlyDataset:
-    """Open training images, or sequences where there is a folder with no image in it but with them."""
-    try:
-        return open_images(train_dir, "data.train_dir", max_pixels)
-    except DataError:
-        if is_sequence_folder(train_dir):
-            return SequenceFolder(train_dir)
-        raise

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nepa_plugin.data.errors import DataError
-from nepa_plugin.data.files import Check, files_signature, kept_check
+from nepa_plugin.data.files import Check, files_signature, is_image_name, kept_check
 from nepa_plugin.data.pipelines import PilPipeline, ViewKey
 from nepa_plugin.data.samples import torch_seeded
 
@@ -22,8 +22,13 @@ SEQUENCE_EXTENSIONS = (".npy", ".safetensors")
 
 
 def is_sequence_folder(root: str | Path) -> bool:
-    """Whether a folder, or one in it, has a file of a sequence."""
-    return any(name.endswith(SEQUENCE_EXTENSIONS) for _, _, names in os.walk(root) for name in names)
+    """Whether there are files of sequences in a folder and those in it, and no image: the first one ends the search."""
+    found = False
+    for _, _, names in os.walk(root):
+        if any(map(is_image_name, names)):
+            return False
+        found = found or any(name.endswith(SEQUENCE_EXTENSIONS) for name in names)
+    return found
 
 
 class SequenceFolder(LightlyDataset):
@@ -127,7 +132,8 @@ class Sequences:
         folders = [Path(name).parts[0] if len(Path(name).parts) > 1 else "" for name in self.names]
         #: Names of the classes; none where files lie in the folder itself.
         self.classes: list[str] = sorted(set(folders)) if "" not in folders else []
-        self.targets = [self.classes.index(folder) if self.classes else 0 for folder in folders]
+        places = {name: place for place, name in enumerate(self.classes)}
+        self.targets = [places.get(folder, 0) for folder in folders]
         self.what = what
 
     def __len__(self) -> int:

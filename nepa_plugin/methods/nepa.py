@@ -63,9 +63,11 @@ class NEPA(CausalMethod):
         super().__init__(*args, **kwargs)
         if loss not in ("cosine", "infonce"):
             raise ValueError(f"loss={loss!r} is neither 'cosine' nor 'infonce'.")
+        if predictor_head == "simsiam" and hasattr(self.backbone, "input_dim"):
+            raise ValueError("predictor_head='simsiam' has a BatchNorm, which would count padding: take 'mlp'.")
         if horizon > 1 and not shift:
             raise ValueError(f"horizon={horizon} needs shift: without, a prediction is compared with its own place.")
-        tokens = self.backbone.patch_embed.num_patches + class_token_target
+        tokens = self.backbone.patch_embed.num_patches + class_token_target * self.backbone.num_prefix_tokens
         if not hasattr(self.backbone, "input_dim") and horizon >= tokens:
             raise ValueError(f"horizon={horizon} must be less than the {tokens} tokens of an image.")
         self.criterion = (
@@ -109,9 +111,11 @@ class NEPA(CausalMethod):
             embeddings, outputs = self.backbone.predict_next(views[0], padding=padding)
         else:
             embeddings, outputs = self.backbone.predict_next(views[0])
+        prefix = self.backbone.num_prefix_tokens
         if self.is_logging_step:
-            self._log_collapse(embeddings[:, 1:].flatten(0, 1) if padding is None else embeddings[:, 1:][~padding])
-        first = 0 if self.class_token_target else 1
+            patches = embeddings[:, prefix:]
+            self._log_collapse(patches.flatten(0, 1) if padding is None else patches[~padding])
+        first = 0 if self.class_token_target else prefix
         seen, targets = outputs[:, first:], embeddings[:, first:]
         valid = valid if valid is None else valid[:, first:]
         predictions = [head(seen) for head in self.heads]
@@ -122,7 +126,7 @@ class NEPA(CausalMethod):
         if padding is None:
             return loss, self.pooled(outputs)
         there = (~padding)[:, :, None]
-        return loss, (outputs[:, 1:] * there).sum(dim=1) / there.sum(dim=1)
+        return loss, (outputs[:, prefix:] * there).sum(dim=1) / there.sum(dim=1)
 
     @torch.no_grad()
     def _log_skill(self, embeddings: Tensor, predictions: Tensor, valid: Tensor | None) -> None:

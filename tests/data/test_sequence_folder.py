@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from recorder import trainer
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
@@ -138,3 +139,25 @@ def test_what_does_not_go_together_is_one_clear_error(rows, tmp_path):
         ImageData(demo="digits").check_method(nepa())
     with pytest.raises(ValueError, match="CPC trains on images alone"):
         nepa_plugin.methods.CPC(backbone="nepa_sequence_tiny", backbone_args={"input_dim": 8, "depth": 1})
+    with pytest.raises(ValueError, match="predictor_head='simsiam' has a BatchNorm, which would count padding"):
+        nepa(predictor_head="simsiam")
+    with pytest.raises(DataError, match=r"data.max_tokens is about sequences, and the training data are images"):
+        ImageData(demo="digits", max_tokens=6)
+
+
+def test_a_folder_with_an_image_is_one_of_images(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 8)))
+    assert ImageData(str(tmp_path)).sequences is not None
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    assert ImageData(str(tmp_path)).sequences is None
+
+
+def test_without_a_class_token_each_sequence_still_counts_alone(rows):
+    args = {"input_dim": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False}
+    method = nepa(num_classes=0, backbone_args=args).eval()
+    view, lengths = torch.randn(3, 7, 8), torch.tensor([7, 3, 5])
+    loss, features = method.step([view], [lengths])
+    alone = [method.step([one[None, :length]]) for one, length in zip(view, lengths, strict=True)]
+    expected = sum(value * (length - 1) for (value, _), length in zip(alone, lengths, strict=True)) / 12
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(features, torch.cat([feature for _, feature in alone]), rtol=0, atol=1e-5)
