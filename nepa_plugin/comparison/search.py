@@ -104,6 +104,8 @@ def choices(config: dict[str, Any], budget: int, rng: Random) -> list[dict[str, 
     knob = next((KNOBS[cls.__name__] for cls in method.__mro__ if cls.__name__ in KNOBS), None)
     args = config["model"].get("init_args") or {}
     lr = args.get("base_lr", _default(method, "base_lr"))
+    if not isinstance(lr, int | float):
+        raise ComparisonError(f"--search tries learning rates about the config's, and base_lr is {lr}: give a number.")
     found: list[dict[str, Any]] = [{}]
     while len(found) < budget:
         options = {"base_lr": float(f"{lr * math.exp(rng.uniform(-1, 1) * math.log(LR_SPAN)):.2g}")}

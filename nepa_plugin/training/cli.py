@@ -3,13 +3,18 @@
 import sys
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
 from pytorch_lightning.cli import LightningArgumentParser
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
 from nepa_plugin.data.module import ImageData
-from nepa_plugin.methods import Method
+from nepa_plugin.methods import NEPA, Method
 from nepa_plugin.methods.cost import training_cost
 from nepa_plugin.runtime import shipped
+from nepa_plugin.runtime.devices import resolve_devices
+from nepa_plugin.training import auto
 from nepa_plugin.training.command import RunCLI, is_rank_zero, run_command
 from nepa_plugin.training.outputs import run_summary, write_outputs
 from nepa_plugin.training.parser import PretrainParser
@@ -18,6 +23,24 @@ from nepa_plugin.training.run_folder import UsageError
 
 class PretrainCLI(RunCLI):
     """Train one method on image folders into one run folder. See ``tools/pretrain.py``."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the command line, with numbers in the place of every ``auto``."""
+        with auto.without_auto(args) as (given, wanted):
+            if not wanted:
+                super().parse_arguments(parser, given)
+                return
+            # --print_config ends the command: it must print the numbers
+            super().parse_arguments(parser, [arg for arg in given if not arg.startswith("--print_config")])
+            config, model = self.config, self.config.model
+            if not issubclass(resolve_name(model.class_path), NEPA):
+                raise UsageError(f"{wanted[0]}: auto follows NEPA's recipe; give {model.class_path} a number.")
+            trainer = config.trainer
+            devices = resolve_devices(trainer.accelerator, trainer.devices).count * trainer.num_nodes
+            found = auto.resolve(wanted, auto.look_at(config, wanted, devices))
+            for name, (value, reason) in found.items():
+                rank_zero_info(f"{name}: auto is {value} ({reason}).")
+            super().parse_arguments(parser, [*given, *(f"--{name}={value}" for name, (value, _) in found.items())])
 
     def link(self, parser: LightningArgumentParser) -> None:
         """Batch size and number of classes are those of the data."""
