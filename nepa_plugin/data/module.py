@@ -10,11 +10,12 @@ from typing import Any, Literal
 from lightly.data import LightlyDataset
 from PIL import Image
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from nepa_plugin.data.digits import digits_folder
 from nepa_plugin.data.files import MAX_PIXELS, class_names, fingerprint
+from nepa_plugin.data.native import GridBatchSampler, NativePipeline, NativeSizes, check_native, native_sizes
 from nepa_plugin.data.pipelines import (
     FileDataset,
     MaskedPipeline,
@@ -66,6 +67,9 @@ class ImageData(LightningDataModule):
         max_image_pixels: The most pixels that an image may have; one with more is a bad image. By default Pillow's own
             bound against small files that fill the memory.
         max_tokens: The most vectors of a sequence; of a longer one so many in a row, at another place in each epoch.
+            With images, each is trained on at its own aspect ratio and size, reduced to at most so many patches; by
+            default all are as large as the model's ``img_size`` says.
+        min_side: The shorter side of the smallest image in pixels, with ``max_tokens``; smaller ones are enlarged.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ImageData(LightningDataModule):
         allow_pipe: bool = False,
         max_image_pixels: PositiveInt = MAX_PIXELS,
         max_tokens: PositiveInt | None = None,
+        min_side: PositiveInt | None = None,
     ) -> None:
         try:
             check_ranges(ImageData, dict(locals()), "data.")
@@ -106,7 +111,7 @@ class ImageData(LightningDataModule):
         self.max_image_pixels = max_image_pixels
         self.seed = seed
         self.train_shards = open_shards(train_shards, allow_pipe) if train_shards else None
-        self.max_tokens = max_tokens
+        self.max_tokens, self.min_side = max_tokens, min_side
         self.train_images: LightlyDataset | None = None
         if train_dir:
             if is_sequence_folder(train_dir) and not table_splits(train_dir):
@@ -116,10 +121,16 @@ class ImageData(LightningDataModule):
             if self.sequences and (val_dir or pipeline != "pil"):
                 option = "val_dir" if val_dir else "pipeline"
                 raise DataError(f"data.{option}: {train_dir} holds sequences, which have none; leave it out.")
-        if max_tokens is not None and self.sequences is None:
-            raise DataError("data.max_tokens is about sequences, and the training data are images; leave it out.")
+        if min_side is not None and (max_tokens is None or self.sequences is not None):
+            raise DataError("data.min_side goes with images and data.max_tokens; leave it out.")
+        if max_tokens is not None and (train_shards or pipeline != "pil"):
+            option = "data.train_shards" if train_shards else f"data.pipeline {pipeline}"
+            raise DataError(f"data.max_tokens does not go with {option}; leave one of them out.")
         self.val_images = open_images(val_dir, "data.val_dir", max_image_pixels, VAL) if val_dir else None
         self._indices: dict[int, list[int]] = {}
+        #: What the sizes of the images are multiples of, once a method is known; and these sizes, once they are asked.
+        self._patch_size: tuple[int, int] | None = None
+        self._sizes: NativeSizes | None = None
         classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
         val_classes = class_names(self.val_images)
         if val_classes and classes != val_classes:
@@ -175,12 +186,40 @@ class ImageData(LightningDataModule):
                 f"{used} images are fewer than one batch of {self.batch_size_per_device} on {world_size} device(s)"
                 f"{times}; lower --data.batch_size_per_device (and --global_batch_size)."
             )
+        if self._patch_size is not None:
+            self._check_sizes(world_size, accumulate)
         shards, readers = self.train_shards, world_size * max(1, self.num_workers or 0)
         if shards is not None and len(shards.urls) < readers:
             raise DataError(
                 f"{len(shards.urls)} shard(s) are fewer than the {readers} processes that read them. Make smaller ones "
                 "(tools/make_shards.py --images_per_shard), or lower --data.num_workers."
             )
+
+    def _check_sizes(self, world_size: int, accumulate: int) -> None:
+        """Learn the sizes of the images, and check that there is a step of them."""
+        assert self._patch_size is not None
+        assert self.max_tokens is not None
+        indices, together = self._indices[id(self.train_images)], self.batch_size_per_device * world_size
+        sizes = native_sizes(self.train_images, indices, self._patch_size, self.max_tokens, self.min_side, together)
+        batches = GridBatchSampler(sizes.grids, together, self.seed, accumulate=accumulate)
+        if not len(batches):
+            raise DataError(
+                f"There are not {accumulate} batches of {together} images of one size; lower "
+                "--data.batch_size_per_device (and --global_batch_size)."
+            )
+        if self._sizes is None:
+            rank_zero_info(f"Images of {sizes}: {len(batches)} batches of {together} in an epoch.")
+        self._sizes = sizes
+
+    @property
+    def sizes(self) -> dict[tuple[int, int], int] | None:
+        """How many images are trained on at each (height, width) in pixels, where they keep their own."""
+        return None if self._sizes is None else self._sizes.counts
+
+    @property
+    def native(self) -> bool:
+        """Whether images are trained on at their own sizes."""
+        return self.max_tokens is not None and self.sequences is None
 
     def check_method(self, method: Any) -> None:
         """Check that the method's augmentation can go through the pipeline.
@@ -193,6 +232,9 @@ class ImageData(LightningDataModule):
         """
         backbone = getattr(method, "backbone", None)  # fine-tuning has a network instead, of images
         check_width(self.sequences, getattr(backbone, "input_dim", None))
+        if self.native:
+            check_native(method)
+            self._patch_size = method.backbone.patch_embed.patch_size
         if self.sequences is None:
             build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
 
@@ -206,6 +248,9 @@ class ImageData(LightningDataModule):
         if not self._indices:
             self.check_images()
         trainer = self.trainer
+        if self.native and trainer:
+            method: Any = trainer.lightning_module
+            self._patch_size = method.backbone.patch_embed.patch_size
         self.check_batch(*((trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)))
 
     def _workers(self) -> int:
@@ -235,9 +280,12 @@ class ImageData(LightningDataModule):
         The last part of the pipeline is still to be done with the views.
         """
         assert self.trainer is not None
-        workers, method, rank = self._workers(), self.trainer.lightning_module, self.trainer.global_rank
+        workers, rank = self._workers(), self.trainer.global_rank
+        method: Any = self.trainer.lightning_module
         if self.sequences is not None:
             self._pipeline: PilPipeline = SequencePipeline(self.max_tokens)
+        elif self._sizes is not None:
+            self._pipeline = NativePipeline(method.train_transform, self._sizes)
         else:
             self._pipeline = build_pipeline(self.pipeline, method.train_transform(), type(method).__name__)
         masks = getattr(method, "masks", None)
@@ -261,14 +309,18 @@ class ImageData(LightningDataModule):
         assert images is not None
         cls = PipelineDataset if self.pipeline == "pil" else FileDataset
         dataset = cls(images, self._pipeline, self.seed, self._indices[id(images)], self.on_bad_image)
-        sampler = EpochBatchSampler(
-            len(dataset),
+        batches = (
             self.batch_size_per_device,
             self.seed,
             rank,
             self.trainer.world_size,
             self._position,
             self.trainer.accumulate_grad_batches,
+        )
+        sampler = (
+            EpochBatchSampler(len(dataset), *batches)
+            if self._sizes is None
+            else GridBatchSampler(self._sizes.grids, *batches)
         )
         return ResumableLoader(
             dataset,
@@ -286,10 +338,12 @@ class ImageData(LightningDataModule):
             return {"train_dir": shards.source, "train_images": len(shards), "train_fingerprint": shards.fingerprint}
         images = self.train_images
         assert images is not None
+        sizes = {f"{width}x{height}": count for (height, width), count in (self.sizes or {}).items()}
         return {
             "train_dir": str(images.input_dir),
             "train_images": len(images),
             "train_fingerprint": fingerprint(images),
+            **({"train_sizes": sizes} if sizes else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class NEPATransform:
     Source: RandomResizedCrop with torchvision's default scale, bilinear, flip, mean = std = 0.5 (arXiv 2512.16922).
 
     Args:
-        input_size: Side of the view in pixels, or (height, width).
+        input_size: Side of the view in pixels, or (height, width); the crop's aspect ratio is drawn about the view's.
         scale: Range of the crop's area as a fraction of the image.
         hflip_prob: Probability of a horizontal flip.
         mean: Per-channel mean to subtract, for values in [0, 1].
@@ -50,9 +50,11 @@ class NEPATransform:
     ) -> None:
         check_ranges(NEPATransform, dict(locals()))
         size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        aspect = size[1] / size[0]
+        ratio = (aspect * 3 / 4, aspect * 4 / 3)
         self.transform = T.Compose(
             [
-                T.RandomResizedCrop(size, scale=tuple(scale), interpolation=T.InterpolationMode.BILINEAR),
+                T.RandomResizedCrop(size, tuple(scale), ratio, interpolation=T.InterpolationMode.BILINEAR),
                 T.RandomHorizontalFlip(hflip_prob),
                 T.ToTensor(),
                 T.Normalize(mean, std),

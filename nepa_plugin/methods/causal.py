@@ -29,6 +29,8 @@ class CausalMethod(Method):
     title: ClassVar[str]
     #: Whether the step takes sequences of vectors, too, with their lengths.
     takes_sequences: ClassVar[bool] = False
+    #: Whether batches may be of images of any size, all of one batch alike.
+    takes_native_sizes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -52,6 +54,10 @@ class CausalMethod(Method):
         if hasattr(self.backbone, "input_dim") and not self.takes_sequences:
             raise ValueError(f"{self.title} trains on images alone: take a nepa_vit_* backbone, or NEPA.")
 
-    def train_transform(self) -> Callable[[Image.Image], list[Tensor]]:
-        """Return NEPA's published kind of augmentation at this model's image size."""
-        return NEPATransform(self.img_size, self.crop_scale, self.hflip_prob, self.mean, self.std)
+    def train_transform(self, size: tuple[int, int] | None = None) -> Callable[[Image.Image], list[Tensor]]:
+        """Return NEPA's published kind of augmentation.
+
+        Args:
+            size: (height, width) of the view in pixels; by default the model's image size.
+        """
+        return NEPATransform(size or self.img_size, self.crop_scale, self.hflip_prob, self.mean, self.std)

@@ -1,9 +1,10 @@
 """What a training step of a method costs, counted in one step of a copy."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -79,7 +80,9 @@ def _counted(
     return counter.get_total_flops(), passes
 
 
-def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
+def training_cost(
+    method: Method, batch_size: int = 4, sizes: Mapping[tuple[int, int], int] | None = None
+) -> TrainingCost:
     """Count the cost of a training step of one process; the method and the random generators are left as they were.
 
     Nothing is computed, on torch's FakeTensors, which have a shape and no values; but for a method whose step looks at
@@ -88,16 +91,34 @@ def training_cost(method: Method, batch_size: int = 4) -> TrainingCost:
     Args:
         method: A method that no trainer is attached to.
         batch_size: Images in the counted step. Losses that compare images grow with it, by little.
+        sizes: How many images there are of each (height, width) in pixels, where they are trained on at their own
+            sizes: the cost is the mean over them.
 
     Returns:
         The cost per image.
     """
+    if sizes:
+        shapes = {height * width: (height, width) for height, width in sizes}  # those of as many patches cost the same
+        costs = {
+            pixels: _cost(method, batch_size, method.train_transform(size))  # type: ignore[call-arg]
+            for pixels, size in shapes.items()
+        }
+        all_of_them = [costs[height * width] for (height, width), count in sizes.items() for _ in range(count)]
+        return replace(
+            all_of_them[0],
+            encoder_tokens=fmean(cost.encoder_tokens for cost in all_of_them),
+            gflops=fmean(cost.gflops for cost in all_of_them),
+        )
+    return _cost(method, batch_size, method.train_transform())
+
+
+def _cost(method: Method, batch_size: int, transform: Callable[[Image.Image], list[Tensor]]) -> TrainingCost:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if hasattr(method.backbone, "input_dim"):  # it takes sequences, whose length is the data's
             views = [torch.zeros(SEQUENCE_TOKENS, method.backbone.input_dim)]
         else:
-            views = method.train_transform()(Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150)))
+            views = transform(Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150)))
         try:
             operations, passes = _counted(method, views, batch_size, valueless=True)
         except (DataDependentOutputException, DynamicOutputShapeException):

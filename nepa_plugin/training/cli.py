@@ -60,7 +60,7 @@ class PretrainCLI(RunCLI):
         """Count what a step costs, while the method is as it was built."""
         self.method = type(self.model).__name__  # sharding replaces the class
         if is_rank_zero():
-            self.cost = training_cost(self.model)
+            self.cost = training_cost(self.model, sizes=self.datamodule.sizes)
 
     def finish(self) -> None:
         """Export the backbone, draw the curves and write the summary."""

@@ -141,8 +141,8 @@ def test_what_does_not_go_together_is_one_clear_error(rows, tmp_path):
         nepa_plugin.methods.CPC(backbone="nepa_sequence_tiny", backbone_args={"input_dim": 8, "depth": 1})
     with pytest.raises(ValueError, match="predictor_head='simsiam' has a BatchNorm, which would count padding"):
         nepa(predictor_head="simsiam")
-    with pytest.raises(DataError, match=r"data.max_tokens is about sequences, and the training data are images"):
-        ImageData(demo="digits", max_tokens=6)
+    with pytest.raises(DataError, match=r"data.min_side goes with images"):
+        ImageData(str(rows), max_tokens=6, min_side=8)
 
 
 def test_a_folder_with_an_image_is_one_of_images(tmp_path):

@@ -12,6 +12,7 @@ from recorder import record
 import nepa_plugin
 from nepa_plugin.data import DataError, ImageData, digits_folder, evaluation_images, image_folder
 from nepa_plugin.data.files import content_fingerprint, fingerprint
+from nepa_plugin.data.native import native_sizes
 from nepa_plugin.data.tables import open_images, table_splits
 from nepa_plugin.evaluation import evaluate
 from nepa_plugin.training.callbacks import LastCheckpoint
@@ -162,6 +163,12 @@ def test_parquet_of_another_hand_with_paths_in_place_of_images(few, tmp_path):
     assert table.dataset.targets == [0, 1, 1, 0] and table.dataset.classes == ["0", "1"]
     assert np.array_equal(np.asarray(table[1][0]), np.asarray(Image.open(files[1]).convert("RGB")))
     assert table.check().bad == {"row 3 (gone.png)": "not there"}
+
+
+def test_images_of_their_own_sizes_are_those_of_the_folder(few, tables):
+    folder, table = image_folder(few / "train"), open_images(tables["parquet"])
+    sizes = [native_sizes(images, range(3, 60), (4, 4), 36, None, 2).counts for images in (folder, table)]
+    assert sizes[0] == sizes[1] == {(24, 24): 57}
 
 
 def test_what_is_no_table_of_images_is_one_clear_error(few, tables, tmp_path):
