@@ -16,6 +16,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from nepa_plugin.order import PatchOrder, check_order, in_order
 from nepa_plugin.rope import ResidentRope, as_coordinates
 
 AttentionMode = Literal["causal", "bidirectional"]
@@ -31,7 +32,7 @@ def _norm_layer(dim: int, **kwargs: Any) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-12, **kwargs)
 
 
-class NepaViT(Eva):
+class NepaViT(PatchOrder, Eva):
     """Vision Transformer that predicts the next patch's embedding.
 
     A timm ``Eva`` in the published NEPA configuration: class token first, axial RoPE with train-time rescaling of the
@@ -54,6 +55,9 @@ class NepaViT(Eva):
         swiglu_mlp: Gated MLP.
         mlp_act: Activation of the MLP or its gate, ``"gelu"`` or ``"silu"``. Default: SiLU with a gate, GELU without.
         attention: ``"causal"`` or ``"bidirectional"``; :meth:`set_attention` switches it later.
+        order: In which order the patches are read, and so what causal attention sees and what is predicted next:
+            ``"raster"``, as published, or another of :data:`~nepa_plugin.order.PATCH_ORDERS`; ``"random:SEED"`` is a
+            fixed one, ``"random"`` a new one for every image in training, and that of seed 0 elsewhere.
         qk_norm: Normalise queries and keys per head. The published checkpoints do.
         qk_norm_affine: Give QK-norm a learned weight (no bias), as the published fine-tuned checkpoints have, and the
             pretrained ViT-L.
@@ -87,6 +91,7 @@ class NepaViT(Eva):
         swiglu_mlp: bool = False,
         mlp_act: Activation | None = None,
         attention: AttentionMode = "causal",
+        order: str = "raster",
         qk_norm: bool = True,
         qk_norm_affine: bool = False,
         init_values: float = 1e-5,
@@ -103,6 +108,7 @@ class NepaViT(Eva):
             raise ValueError(f"attention={attention!r} is not one of {ATTENTION_MODES}.")
         if mlp_act is not None and mlp_act not in ACTIVATIONS:
             raise ValueError(f"mlp_act={mlp_act!r} is not one of {tuple(ACTIVATIONS)}.")
+        check_order(order)
         if position_embedding not in POSITION_EMBEDDINGS:
             raise ValueError(f"position_embedding={position_embedding!r} is not one of {POSITION_EMBEDDINGS}.")
         if embed_dim % (4 * num_heads):
@@ -148,6 +154,8 @@ class NepaViT(Eva):
         #: Depth and pooling that :meth:`extract_features` reads by default.
         self.best_feature = ("final norm", "mean")
         self.attention: str = attention
+        self.order = order
+        self.register_buffer("_own_order", self._order_of(self.patch_embed.grid_size), persistent=False)
         if self.rope is not None:
             self.rope.__class__ = ResidentRope  # Eva builds its RoPE by a name, and there is none for a class of ours
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
@@ -203,11 +211,6 @@ class NepaViT(Eva):
         update_model_args(self, attention=attention)  # so that an exported folder rebuilds this mode
         return self
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether attention is causal in the model's current mode."""
-        return self.attention == "causal"
-
     # -- forward passes ------------------------------------------------------------------------------------------------
 
     def _prepare(self, images: Tensor) -> Tensor:
@@ -233,27 +236,28 @@ class NepaViT(Eva):
             )
         return images
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the input embeddings (B, T, D), before any dropout, and where they are.
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, int]]:
+        """Return the input embeddings (B, T, D) in raster order, before any dropout, and where they are.
 
-        Which is the RoPE table (N, 2 * head_dim), or what is to be added to them, (1, T, D) or (1, N, D).
+        Which is the RoPE table (N, 2 * head_dim), or what is to be added to them, (1, T, D) or (1, N, D); and the grid.
         """
         patches, rope, places = self.patch_embed(self._prepare(images)), None, self.pos_embed
+        grid = tuple(self.patch_embed.grid_size)
         if self.dynamic_img_size:
-            grid = list(patches.shape[1:3])
+            grid = tuple(patches.shape[1:3])
             if self.rope is not None:
-                rope = self.rope.get_embed(shape=grid)
+                rope = self.rope.get_embed(shape=list(grid))
             else:
                 prefix = 0 if self.no_embed_class else self.num_prefix_tokens
                 places = resample_abs_pos_embed(
-                    places, new_size=grid, old_size=self.patch_embed.grid_size, num_prefix_tokens=prefix
+                    places, new_size=list(grid), old_size=self.patch_embed.grid_size, num_prefix_tokens=prefix
                 )
             patches = patches.flatten(1, 2)
         elif self.rope is not None:
             rope = self.rope.get_embed()
         if self.cls_token is None:
-            return patches, rope, places
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1), rope, places
+            return patches, rope, places, grid
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1), rope, places, grid
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the input embeddings z: class token, then one embedding per patch in raster order.
@@ -306,7 +310,7 @@ class NepaViT(Eva):
         """Return the input embeddings and, for each, the prediction of the next one.
 
         ``predictions[:, t]`` predicts ``embeddings[:, t + 1]``; the class token's output predicts the first patch and
-        the last output predicts nothing.
+        the last output predicts nothing. Patches stand in the order in which they are read.
 
         Args:
             images: Normalised images (B, C, H, W).
@@ -335,7 +339,13 @@ class NepaViT(Eva):
         if images is not None:
             if positions is not None or padding is not None:
                 raise ValueError("predict_next: positions and padding go with embeddings, not with images.")
-            (embeddings, rope, places), mask = self._embed(images), None
+            (embeddings, rope, places, grid), mask = self._embed(images), None
+            order = self._drawn_order(len(images), grid, embeddings.device)
+            if order is not None:
+                embeddings, places = self._patches_in(order, embeddings), self._patches_in(order, places)
+                rope = rope if rope is None else in_order(rope, order)
+                rope = rope[:, None] if rope is not None and rope.ndim == 3 else rope
+                masked = masked if masked is None else masked.gather(1, order.expand_as(masked))
         else:
             assert embeddings is not None
             (embeddings, rope, mask), places = self._sequence(embeddings, positions, padding), None
@@ -365,15 +375,15 @@ class NepaViT(Eva):
             is_causal: Overrides the model's attention mode for this call.
 
         Returns:
-            Tokens (B, T, D), class token first.
+            Tokens (B, T, D), class token first, then the patches in raster order, in whatever order they are read.
         """
-        causal = self.is_causal if is_causal is None else is_causal
-        return super().forward_features(self._prepare(x), attn_mask=attn_mask, is_causal=causal)
+        x = self._prepare(x)
+        return super().forward_features(x, **self._attention(x, attn_mask, is_causal))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Return tokens (B, T, D) pooled: timm's ways, and ``"last"``."""
         if (self.global_pool if pool_type is None else pool_type) == "last":
-            return x[:, -1]
+            return self.last_token(x)
         return super().pool(x, pool_type)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool | None = None) -> Tensor:
@@ -381,11 +391,12 @@ class NepaViT(Eva):
         return self.forward_head(self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal))
 
     def forward_intermediates(  # type: ignore[override]
-        self, x: Tensor, *args: Any, is_causal: bool | None = None, **kwargs: Any
+        self, x: Tensor, *args: Any, attn_mask: Tensor | None = None, is_causal: bool | None = None, **kwargs: Any
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """``Eva.forward_intermediates`` in the model's attention mode (timm's arguments and return values)."""
-        causal = self.is_causal if is_causal is None else is_causal
-        return super().forward_intermediates(self._prepare(x), *args, **kwargs, is_causal=causal)  # type: ignore[misc]
+        x = self._prepare(x)
+        kwargs |= self._attention(x, attn_mask, is_causal)
+        return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[return-value]
 
     def get_intermediate_layers(
         self,
@@ -468,7 +479,7 @@ class NepaViT(Eva):
             return tokens
         if pool == "mean":
             return tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        return tokens[:, 0 if pool == "class" else -1]
+        return tokens[:, 0] if pool == "class" else self.last_token(tokens)
 
     # -- adaptation ----------------------------------------------------------------------------------------------------
 
@@ -507,6 +518,8 @@ class NepaViT(Eva):
         if not (patch_embed.dynamic_img_pad or self.dynamic_img_resize):
             _check_divisible(new_img, new_patch)
         super().set_input_size(new_img, new_patch if patch_size is not None else None)
+        if self.order != "raster":
+            self.set_order(self.order)
 
 
 def _check_divisible(img_size: Sequence[int], patch_size: Sequence[int]) -> None:

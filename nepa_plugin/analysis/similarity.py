@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nepa_plugin.order import patch_order
 from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD, NepaViT
 
 
@@ -14,7 +15,7 @@ from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD, NepaViT
 def similarity_maps(model: NepaViT, images: Tensor, queries: Sequence[int]) -> Tensor:
     """Return, for each query patch, the similarity of its predicted embedding to every patch's embedding.
 
-    The embedding of patch q (raster order from 0) is predicted at token q, from the patches before it.
+    The embedding of a patch is predicted from the patches that are read before it, in raster order at token q.
 
     Args:
         model: The predictor.
@@ -32,12 +33,14 @@ def similarity_maps(model: NepaViT, images: Tensor, queries: Sequence[int]) -> T
         embeddings, predictions = model.eval().predict_next(images)
     finally:
         model.train(was_training)
-    patches = normalize(embeddings[:, model.num_prefix_tokens :].float(), dim=-1)
+    rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    places = torch.tensor(patch_order(model.order, rows, columns), device=embeddings.device).argsort()
+    patches = normalize(embeddings[:, model.num_prefix_tokens :].float(), dim=-1)[:, places]
     odd = [q for q in queries if not 0 <= q < patches.shape[1]]
     if odd:
         raise ValueError(f"Query patches {odd} are not in 0..{patches.shape[1] - 1}.")
-    predicted = normalize(predictions[:, list(queries)].float(), dim=-1)
-    rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    before = model.num_prefix_tokens - 1 + places[list(queries)]  # the token that is read before the query
+    predicted = normalize(predictions[:, before].float(), dim=-1)
     return (predicted @ patches.mT).unflatten(-1, (rows, columns))
 
 

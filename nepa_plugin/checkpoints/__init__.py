@@ -7,6 +7,7 @@ from nepa_plugin.checkpoints.features import weights_hash, write_best_feature
 from nepa_plugin.checkpoints.files import Weights
 from nepa_plugin.checkpoints.reading import (
     check_fit,
+    check_same_order,
     load_backbone,
     load_weights,
     open_checkpoint,
@@ -30,6 +31,7 @@ __all__ = [
     "allow_mmengine_checkpoints",
     "backbone_config",
     "check_fit",
+    "check_same_order",
     "class_names",
     "load_backbone",
     "load_weights",

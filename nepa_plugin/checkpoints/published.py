@@ -196,6 +196,8 @@ def to_nepa(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"The published layout holds NEPA predictors, not {type(model).__name__}.")
     if hasattr(model, "input_dim"):
         raise CheckpointError("The published layout holds models of images, not of other sequences.")
+    if model.order != "raster":
+        raise CheckpointError(f"The published layout has patches in raster order, not in {model.order} order.")
     block, patch = model.blocks[0], model.patch_embed
     img_size, patch_size = patch.img_size, patch.patch_size
     if img_size[0] != img_size[1] or patch_size[0] != patch_size[1]:

@@ -88,6 +88,27 @@ def untrained_like(model: nn.Module, seed: int = 0) -> nn.Module:
         return timm.create_model(config["architecture"], **config.get("model_args", {})).eval()
 
 
+def check_same_order(stored: Mapping[str, Any], model: Any, source: str) -> None:
+    """Check that a model reads patches in the order that a checkpoint was trained in.
+
+    The weights of every order fit every other, and mean something else there.
+
+    Args:
+        stored: The arguments with which the checkpoint's model was built.
+        model: The model that takes its weights; one that has no order is not looked at.
+        source: What to call the checkpoint in an error.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    order, own = stored.get("order", "raster"), getattr(model, "order", None)
+    if own is not None and own != order:
+        raise CheckpointError(
+            f"{source} was trained with patches in {order} order, and the model reads them in {own} order: give "
+            f"backbone_args.order {order}. To go on in another on purpose, save load_backbone(...).set_order(...)."
+        )
+
+
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Check that ``state`` covers every weight of ``model`` with the right shape, and nothing else, in finite numbers.
 

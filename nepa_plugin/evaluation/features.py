@@ -65,19 +65,21 @@ def pool_names(model: nn.Module) -> tuple[str, ...]:
     return POOLS if has_class else POOLS[1:]
 
 
-def pool_tokens(tokens: Tensor, pool: str, num_prefix_tokens: int) -> Tensor:
-    """Return one float32 feature per image (B, D) of its tokens (B, T, D)."""
+def pool_tokens(model: Any, tokens: Tensor, pool: str) -> Tensor:
+    """Return one float32 feature per image (B, D) of a model's tokens (B, T, D)."""
     if pool == "class":
         return tokens[:, 0].float()
-    return tokens[:, -1].float() if pool == "last" else tokens[:, num_prefix_tokens:].float().mean(dim=1)
+    if pool == "last":
+        last: Tensor = model.last_token(tokens) if hasattr(model, "last_token") else tokens[:, -1]
+        return last.float()
+    return tokens[:, model.num_prefix_tokens :].float().mean(dim=1)
 
 
 def pool_states(
     model: Any, states: dict[str, Tensor], pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], Tensor]:
     """Return the pooled features (B, D) of (depth, pooling) pairs of the tokens that :func:`token_states` caught."""
-    prefix = int(model.num_prefix_tokens)
-    return {(depth, pool): pool_tokens(states[depth], pool, prefix) for depth, pool in pairs}
+    return {(depth, pool): pool_tokens(model, states[depth], pool) for depth, pool in pairs}
 
 
 @contextmanager
@@ -151,7 +153,7 @@ class FrozenFeatures(nn.Module):
             self.backbone.forward_features(images)
         if self.pool is None:
             return states[self.depth].float()
-        return pool_tokens(states[self.depth], self.pool, int(self.backbone.num_prefix_tokens))
+        return pool_tokens(self.backbone, states[self.depth], self.pool)
 
 
 @torch.no_grad()

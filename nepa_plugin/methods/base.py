@@ -13,6 +13,7 @@ from nepa_plugin.checkpoints import (
     BACKBONE_CONFIG_KEY,
     BACKBONE_PREFIX_KEY,
     backbone_config,
+    check_same_order,
     load_weights,
     read_checkpoint,
 )
@@ -138,7 +139,9 @@ class Method(OptimizedModule):
         images: Any = self.backbone.pretrained_cfg
         self.mean, self.std = tuple(images["mean"]), tuple(images["std"])
         if init_from is not None:
-            load_weights(self.backbone, read_checkpoint(init_from)[-1], init_from)
+            _, stored, weights = read_checkpoint(init_from)
+            load_weights(self.backbone, weights, init_from)
+            check_same_order(stored, self.backbone, str(init_from))
         self.online_classifier: OnlineLinearClassifier | None = None
         if num_classes > 1:
             self.online_classifier = OnlineLinearClassifier(

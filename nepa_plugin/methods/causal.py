@@ -29,6 +29,8 @@ class CausalMethod(Method):
     title: ClassVar[str]
     #: Whether the step takes sequences of vectors, too, with their lengths.
     takes_sequences: ClassVar[bool] = False
+    #: Whether the patches may be read in another order than the raster's.
+    takes_orders: ClassVar[bool] = False
     #: Whether batches may be of images of any size, all of one batch alike.
     takes_native_sizes: ClassVar[bool] = False
 
@@ -51,6 +53,8 @@ class CausalMethod(Method):
             raise ValueError(
                 f"{self.title} needs a nepa_vit_* backbone: its predictions come from a causal transformer."
             )
+        if self.backbone.order != "raster" and not self.takes_orders:
+            raise ValueError(f"{self.title} reads patches in raster order: NEPA and CPC take others.")
         if hasattr(self.backbone, "input_dim") and not self.takes_sequences:
             raise ValueError(f"{self.title} trains on images alone: take a nepa_vit_* backbone, or NEPA.")
 

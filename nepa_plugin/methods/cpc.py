@@ -69,6 +69,7 @@ class CPC(CausalMethod):
     """
 
     title = "CPC"
+    takes_orders = True
 
     def __init__(self, *args: Any, horizon: PositiveInt = 5, num_negatives: PositiveInt = 255, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -43,7 +43,7 @@ class NEPA(CausalMethod):
     """
 
     title = "NEPA"
-    takes_sequences = takes_native_sizes = True
+    takes_sequences = takes_native_sizes = takes_orders = True
     #: Tokens among which the collapse diagnostics are computed.
     DIAGNOSTIC_TOKENS = 1024
 

@@ -38,6 +38,8 @@ class EmbeddingSequence(NepaViT):
     def __init__(self, input_dim: int, **kwargs: Any) -> None:
         if input_dim < 1:
             raise ValueError(f"input_dim={input_dim}: a vector has at least one number.")
+        if kwargs.get("order", "raster") != "raster":
+            raise ValueError(f"order={kwargs['order']!r}: a sequence is read as it comes.")
         # To timm a sequence is an image of one row, and its linear layer a convolution of one pixel.
         image = {"img_size": 1, "patch_size": 1, "in_chans": input_dim, "dynamic_img_size": True}
         super().__init__(**({"rope_rescale_coords": 1.0} | kwargs | image))
@@ -54,9 +56,9 @@ class EmbeddingSequence(NepaViT):
         layer = self.patch_embed.proj
         return F.linear(sequences, layer.weight.flatten(1), layer.bias)
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, int]]:
         embeddings, rope, _ = self._sequence(self.project(images), None, None)
-        return embeddings, rope, None
+        return embeddings, rope, None, (1, images.shape[1])
 
     def predict_next(  # type: ignore[override]  # the sequences stand where images are
         self, sequences: Tensor, *, positions: Tensor | None = None, padding: Tensor | None = None

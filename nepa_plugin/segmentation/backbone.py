@@ -183,7 +183,7 @@ class TimmViT(BaseModule):
 
 
 #: Arguments of NEPA's predictor in which published files of one size differ.
-DETAILS = ("qk_norm", "qk_norm_affine", "mlp_act", "swiglu_mlp", "mlp_ratio", "init_values")
+DETAILS = ("qk_norm", "qk_norm_affine", "mlp_act", "swiglu_mlp", "mlp_ratio", "init_values", "order")
 
 
 def _details(arch: str, init_cfg: dict | None) -> dict[str, Any]:
@@ -230,4 +230,5 @@ def _signature(model: Any) -> dict[str, Any]:
         "qk_norm_affine": isinstance(getattr(getattr(attention, "q_norm", None), "weight", None), nn.Parameter),
         "activation": type(getattr(model.blocks[0].mlp, "act", None)).__name__,
         "mlp": type(model.blocks[0].mlp).__name__,
+        "order": getattr(model, "order", None),
     }

@@ -6,7 +6,7 @@ from typing import IO
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from nepa_plugin.checkpoints import CheckpointError, check_fit, read_tensors
+from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, check_fit, check_same_order, read_tensors
 from nepa_plugin.checkpoints.errors import listing
 from nepa_plugin.runtime.files import remove_parts
 from nepa_plugin.runtime.locks import LOCK, FolderInUseError, lock_folder
@@ -170,6 +170,8 @@ def check_resumable(path: Path, method: LightningModule) -> None:
             f"{error} A run goes on with the method and options that it began with; to start another from this "
             "backbone, give it as --model.init_from instead of --ckpt_path."
         ) from None
+    config = checkpoint.get(BACKBONE_CONFIG_KEY) or {}
+    check_same_order(config.get("model_args") or {}, getattr(method, "backbone", None), str(path))
     trained = sum(p.requires_grad for p in method.parameters())
     found = [len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
     if sum(found) != trained:
