@@ -8,5 +8,8 @@ setup(
     py_modules=["nepa_command"],
     packages=[*find_packages(include=["nepa_plugin*"]), *CONFIGS],
     package_dir=CONFIGS,
-    package_data={"nepa_plugin": ["py.typed"], **{package: ["**/*.yaml", "**/*.py"] for package in CONFIGS}},
+    package_data={
+        "nepa_plugin": ["py.typed", "analysis/page.html"],
+        **{package: ["**/*.yaml", "**/*.py"] for package in CONFIGS},
+    },
 )

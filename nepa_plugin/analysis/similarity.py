@@ -1,14 +1,13 @@
 """What a predictor expects to see next: cosine similarity of a predicted embedding to all patch embeddings."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from nepa_plugin.order import patch_order
-from nepa_plugin.predictor import NEPA_MEAN, NEPA_STD, NepaViT
+from nepa_plugin.predictor import NepaViT
 
 
 @torch.inference_mode()
@@ -42,52 +41,3 @@ def similarity_maps(model: NepaViT, images: Tensor, queries: Sequence[int]) -> T
     before = model.num_prefix_tokens - 1 + places[list(queries)]  # the token that is read before the query
     predicted = normalize(predictions[:, before].float(), dim=-1)
     return (predicted @ patches.mT).unflatten(-1, (rows, columns))
-
-
-def plot_similarity(
-    images: Tensor,
-    maps: Tensor,
-    queries: Sequence[int],
-    path: str | Path,
-    mean: Sequence[float] = NEPA_MEAN,
-    std: Sequence[float] = NEPA_STD,
-) -> None:
-    """Draw the maps over their images: a row per image, the image first, then a panel per query.
-
-    Args:
-        images: Normalised images (B, 3, H, W).
-        maps: From :func:`similarity_maps`, (B, Q, rows, columns).
-        queries: The query patches of the maps, outlined in the panels.
-        path: PNG file to write.
-        mean: Mean that the images were normalised with.
-        std: Standard deviation that the images were normalised with.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    height, width = images.shape[-2:]
-    rows, columns = maps.shape[-2:]
-    patch = height / rows, width / columns
-    pixels = (images.cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
-    figure = Figure(figsize=(1.9 * (1 + len(queries)) + 0.9, 2.0 * len(images) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(images), 1 + len(queries), squeeze=False)
-    heat = None
-    for b, line in enumerate(grid):
-        for j, axes in enumerate(line):
-            axes.set_axis_off()
-            axes.imshow(pixels[b].permute(1, 2, 0), extent=(0, width, height, 0))
-            shown = queries if j == 0 else [queries[j - 1]]
-            if j:
-                extent = (0, width, height, 0)
-                heat = axes.imshow(maps[b, j - 1].cpu(), extent=extent, alpha=0.7, cmap="coolwarm", vmin=-1, vmax=1)
-            for q in shown:
-                row, column = divmod(q, columns)
-                corner = column * patch[1], row * patch[0]
-                axes.add_patch(Rectangle(corner, patch[1], patch[0], fill=False, edgecolor="lime", linewidth=1.5))
-            if b == 0:
-                axes.set_title("image" if j == 0 else f"patch {queries[j - 1]}", fontsize=9)
-    if heat is not None:
-        figure.colorbar(heat, ax=grid, shrink=0.8, label="cosine of predicted to actual embedding")
-    figure.savefig(path, dpi=110)

@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 
 from nepa_plugin import NepaViT
-from nepa_plugin.analysis.similarity import plot_similarity, similarity_maps
+from nepa_plugin.analysis.figures import plot_similarity
+from nepa_plugin.analysis.similarity import similarity_maps
 
 
 def _model(**kwargs):
