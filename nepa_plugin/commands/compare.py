@@ -79,6 +79,9 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--segment", metavar="CONFIG", help=config)
     trials = "trials per config, of its learning rate and one more option, on held-out training images; none by default"
     parser.add_argument("--search", type=int, default=0, metavar="TRIALS", help=trials)
+    parser.add_argument("--no_untrained", action="store_true", help="leave out the rows with fresh weights")
+    causal = "fine-tune NEPA's rows with causal attention, too"
+    parser.add_argument("--causal", action="store_true", help=causal)
     parser.add_argument("--search_seed", type=int, default=0, help="of the trials' choices and trainings")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
     evaluation = Parser(add_help=False)
@@ -102,7 +105,11 @@ def main(args: list[str] | None = None) -> None:
             given.jobs,
             own_options,
             segmentation=given.segment,
+            causal=given.causal,
+            floors=not given.no_untrained,
         )
+        if given.causal and "finetune" not in protocols:
+            raise ValueError("--causal goes with --evaluate finetune.")
         tables = []
         with _ended_by_signals():
             if given.search:

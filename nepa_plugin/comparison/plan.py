@@ -90,6 +90,7 @@ class Comparison:
         rows: By the name of a row, the options of its evaluation where they are not ``options``.
         floors: Add the backbones with fresh weights.
         segmentation: An mmsegmentation config that every backbone is segmented with, frozen and fine-tuned.
+        causal: Fine-tune NEPA's predictors with causal attention, too, in a column of its own.
     """
 
     sources: Sequence[str]
@@ -103,6 +104,7 @@ class Comparison:
     rows: Mapping[str, EvaluationOptions] = field(default_factory=dict)
     floors: bool = True
     segmentation: str | None = None
+    causal: bool = False
 
     def options_of(self, name: str) -> EvaluationOptions:
         """Return the options of a row's evaluation."""
@@ -239,6 +241,15 @@ def load_run(run: Run) -> None:
         FileContentError: If one of its files is damaged.
     """
     run.summary = read_summary(run.folder)
+    load_logged(run)
+
+
+def load_logged(run: Run) -> None:
+    """Read a run's config and curves, as far as they are there.
+
+    Raises:
+        FileContentError: If one of the files is damaged.
+    """
     configs = sorted(run.folder.glob("config*.yaml"), key=lambda path: path.stat().st_mtime)
     run.config = _read_config(configs[-1]) if configs else {}
     if (metrics := run.folder / "metrics.csv").is_file():

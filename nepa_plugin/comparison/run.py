@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from nepa_plugin.comparison.plan import (
     Comparison,
     Run,
     folder_name,
+    load_logged,
     load_run,
     plan,
     request_of,
@@ -35,13 +36,15 @@ from nepa_plugin.comparison.plan import (
 from nepa_plugin.comparison.segment import MODES, check_segmentation, segment
 from nepa_plugin.data.evaluation import evaluation_images
 from nepa_plugin.data.files import content_fingerprint
-from nepa_plugin.evaluation import evaluate, read_results
+from nepa_plugin.evaluation import EvaluationOptions, evaluate, read_results
 from nepa_plugin.evaluation.results import put_aside
 from nepa_plugin.runtime.boundary import in_words
 from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.locks import lock_folder
 from nepa_plugin.runtime.reading import read_json
 
+#: The column of fine-tuning with causal attention.
+CAUSAL = "finetune_causal"
 #: Seconds that a training has for its last checkpoint when the comparison is ended.
 SECONDS_TO_END = 60
 
@@ -125,6 +128,9 @@ def _compare(
                     load_run(run)
                 except (ValueError, OSError) as error:
                     run.error = in_words(error)
+            else:  # what it had logged until then is a result, too
+                with contextlib.suppress(ValueError, OSError):
+                    load_logged(run)
             if run.error is None:
                 _evaluate(run, what, place, say)
             if run.error is None and segmentation is not None:
@@ -181,22 +187,44 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int, proc
 
 def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
     options = what.options_of(run.name)
-    out, asked = run.folder / "evaluation", json.loads(json.dumps({"data": what.data, **asdict(options)}))
-    record = out / REQUEST
     try:
-        done = _done(out, record, asked, what)
-        missing = [name for name in what.protocols if name not in done]
-        if missing:
-            say(f"{place}evaluating {', '.join(missing)}")
-            write_json(record, asked)
-            done = done | evaluate(run.folder / "backbone", what.data, missing, options, out)["protocols"]
+        done = _results(run, what, options, what.protocols, "evaluation", place, say)
+        if what.causal and "finetune" in what.protocols and _is_predictor(run):
+            tuned = replace(options, finetune=replace(options.finetune, attention="causal"))
+            found = _results(run, what, tuned, ["finetune"], "evaluation-causal", f"{place}causal: ", say)
+            done = done | {CAUSAL: found["finetune"]}
     except Exception as error:  # whatever it is, the other rows go on
         (run.folder / "evaluation.log").write_text(traceback.format_exc())
         run.error = f"evaluation: {error} (see {run.folder / 'evaluation.log'})"
         return
-    run.results = {name: done[name] for name in what.protocols}
+    run.results = {name: done[name] for name in [*what.protocols, CAUSAL] if name in done}
     scores = [f"{name} {result['top1']:.1f}" for name, result in run.results.items() if "top1" in result]
     say(f"{place}{'  '.join(scores)}")
+
+
+def _is_predictor(run: Run) -> bool:
+    config = read_json(run.folder / "backbone" / "config.json", {"architecture": str}, f"Remove {run.folder}.")
+    return str(config["architecture"]).startswith("nepa_vit_")
+
+
+def _results(
+    run: Run,
+    what: Comparison,
+    options: EvaluationOptions,
+    protocols: Sequence[str],
+    folder: str,
+    place: str,
+    say: Say,
+) -> dict[str, Any]:
+    """Return the results of protocols, of which those that there are not yet are made, in a folder of the run."""
+    out, asked = run.folder / folder, json.loads(json.dumps({"data": what.data, **asdict(options)}))
+    done = _done(out, out / REQUEST, asked, what)
+    missing = [name for name in protocols if name not in done]
+    if not missing:
+        return done
+    say(f"{place}evaluating {', '.join(missing)}")
+    write_json(out / REQUEST, asked)
+    return done | evaluate(run.folder / "backbone", what.data, missing, options, out)["protocols"]
 
 
 def _done(out: Path, record: Path, asked: dict[str, Any], what: Comparison) -> dict[str, Any]:

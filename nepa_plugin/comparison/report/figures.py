@@ -14,30 +14,34 @@ from nepa_plugin.comparison.report.scores import COLUMNS, by_name, columns, metr
 from nepa_plugin.comparison.report.statistics import Noise
 
 
-def _styles(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Return how each row is drawn, by its name: NEPA in black, fresh weights in grey."""
-    styles: dict[str, dict[str, Any]] = {}
+def styles(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Return how each row is drawn, by its name: NEPA in black, if it is one row, and fresh weights in grey."""
+    found: dict[str, dict[str, Any]] = {}
+    ours = {name for name, group in by_name(runs).items() if group[0].summary.get("method") == "NEPA"}
     for i, (name, group) in enumerate(by_name(runs).items()):
         if is_untrained(group[0]):
-            styles[name] = {"color": "0.6", "linestyle": ("--", ":", "-.")[i % 3], "linewidth": 1}
+            found[name] = {"color": "0.6", "linestyle": ("--", ":", "-.")[i % 3], "linewidth": 1}
             continue
-        own = group[0].summary.get("method") == "NEPA"
-        styles[name] = {
+        own = ours == {name}
+        found[name] = {
             "color": "black" if own else f"C{(0, 1, 2, 3, 4, 5, 6, 8, 9)[i % 9]}",  # C7 is grey
             "linewidth": 2.4 if own else 1.2,
+            "linestyle": "-" if i < 9 else "--",
             "marker": "osv^D<>pPX*h"[i % 12],
             "markersize": 4,
         }
-    return styles
+    return found
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
+    """Return a figure of a size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _curve(run: Run, name: str) -> tuple[list[float], list[float]]:
+def curve(run: Run, name: str) -> tuple[list[float], list[float]]:
+    """Return what a run logged under a name: images seen, and the values."""
     points = run.curves.get(name, [])
     per_step = run.summary["images_seen"] / max(1, run.summary["steps"])
     return [(step + 1) * per_step for step, _ in points], [value for _, value in points]
@@ -45,15 +49,15 @@ def _curve(run: Run, name: str) -> tuple[list[float], list[float]]:
 
 def plot_scores(runs: Sequence[Run]) -> Figure:
     """Draw the column that decides: a row's mean, its interval, and its seeds, the best at the top."""
-    column, called, styles = primary(runs), labels(runs), _styles(runs)
+    column, called, looks = primary(runs), labels(runs), styles(runs)
     own = values(runs, column) if column else {}
     names = [name for name in order(runs) if name in own]
     noise = Noise.of(own)
-    figure = _figure(7.5, 0.8 + 0.34 * max(1, len(names)))
+    figure = empty_figure(7.5, 0.8 + 0.34 * max(1, len(names)))
     axes = figure.add_subplot()
     for place, name in enumerate(names):
         mean = sum(own[name]) / len(own[name])
-        colour = styles[name]["color"]
+        colour = looks[name]["color"]
         axes.errorbar(mean, place, xerr=noise.half_width(len(own[name])), fmt="o", color=colour, capsize=3)
         axes.plot(own[name], [place] * len(own[name]), "|", color=colour, markersize=9, alpha=0.7)
     axes.set_yticks(range(len(names)), [called[name] for name in names])
@@ -70,11 +74,11 @@ def plot_losses(runs: Sequence[Run]) -> Figure:
     groups = {called[name]: group for name, group in by_name(runs).items() if group[0].trained}
     columns = min(4, max(1, len(groups)))
     rows = -(-len(groups) // columns) or 1
-    figure = _figure(2.7 * columns, 2.1 * rows)
+    figure = empty_figure(2.7 * columns, 2.1 * rows)
     for i, (name, group) in enumerate(groups.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
         for run in group:
-            axes.plot(*_curve(run, "train_loss"), linewidth=1)
+            axes.plot(*curve(run, "train_loss"), linewidth=1)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
@@ -85,23 +89,23 @@ def plot_losses(runs: Sequence[Run]) -> Figure:
 
 def plot_online_probe(runs: Sequence[Run]) -> Figure:
     """Draw the online probe's validation accuracy against images seen, the mean over seeds."""
-    figure, called, styles = _figure(7.5, 4), labels(runs), _styles(runs)
+    figure, called, looks = empty_figure(7.5, 4), labels(runs), styles(runs)
     axes = figure.add_subplot()
     for name, group in by_name(runs).items():
-        curves = [_curve(run, "val_online_cls_top1") for run in group if run.trained]
-        curves = [curve for curve in curves if curve[0]]
+        curves = [curve(run, "val_online_cls_top1") for run in group if run.trained]
+        curves = [one for one in curves if one[0]]
         if curves:
             length = min(len(x) for x, _ in curves)
             mean = [100 * sum(y[k] for _, y in curves) / len(curves) for k in range(length)]
-            axes.plot(curves[0][0][:length], mean, label=called[name], **styles[name])
+            axes.plot(curves[0][0][:length], mean, label=called[name], **looks[name])
     axes.set(xlabel="images seen", ylabel="online probe, top-1 %")
-    _finish(axes)
+    finish(axes)
     return figure
 
 
 def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
     """Draw the linear readout at every depth, the mean over seeds, in a panel per kind of method."""
-    called, styles, groups = labels(runs), _styles(runs), by_name(runs)
+    called, looks, groups = labels(runs), styles(runs), by_name(runs)
     lines: dict[str, dict[str, float]] = {}
     for name, group in groups.items():
         found: dict[str, list[float]] = {}
@@ -118,12 +122,12 @@ def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
             families.setdefault(paper.family if paper else "others", []).append(name)
     floors = [name for name in lines if is_untrained(groups[name][0])]
     panels = sorted(families, key=lambda family: (family != NEXT, family == WHOLE, family)) or ["untrained"]
-    figure = _figure(1.2 + 3.1 * len(panels), 5.8)
+    figure = empty_figure(1.2 + 3.1 * len(panels), 5.8)
     for i, (family, axes) in enumerate(
         zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True)
     ):
         for name in [*families.get(family, []), *floors]:
-            axes.plot(list(lines[name]), list(lines[name].values()), label=called[name], **styles[name])
+            axes.plot(list(lines[name]), list(lines[name].values()), label=called[name], **looks[name])
         axes.set_title(family, fontsize=10)
         axes.tick_params(axis="x", labelsize=8, rotation=45)
         axes.grid(alpha=0.3)
@@ -137,16 +141,16 @@ def plot_readout(runs: Sequence[Run], pool: str = "mean") -> Figure:
 
 def plot_compute(runs: Sequence[Run]) -> Figure:
     """Draw each column's accuracy against operations and against time, fine-tuning's own included, a point per seed."""
-    shown, called, styles = columns(runs), labels(runs), _styles(runs)
+    shown, called, looks = columns(runs), labels(runs), styles(runs)
     unit, factor = compute_unit(runs)
-    figure = _figure(3.4 * max(1, len(shown)), 7.2)
+    figure = empty_figure(3.4 * max(1, len(shown)), 7.2)
     grid = figure.subplots(2, max(1, len(shown)), squeeze=False)
     for column, (compute, time) in zip(shown, grid.T, strict=False):
         tuned = column == "finetune"
         for name, group in by_name(runs).items():
             if not group[0].trained:
                 continue
-            style = {k: v for k, v in styles[name].items() if k in ("color", "marker")}
+            style = {k: v for k, v in looks[name].items() if k in ("color", "marker")}
             for axes, cost in ((compute, _operations), (time, _seconds)):
                 pairs = [(cost(run, tuned), score(run, column)) for run in group]
                 points = [(factor * x if axes is compute else x, y) for x, y in pairs if x and y is not None]
@@ -184,7 +188,8 @@ def _seconds(run: Run, tuned: bool) -> float | None:
     return float(run.summary["seconds"] + (run.results["finetune"].get("seconds", 0.0) if tuned else 0.0))
 
 
-def _finish(axes: Any) -> None:
+def finish(axes: Any) -> None:
+    """Add a grid, and the legend beside the panel."""
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

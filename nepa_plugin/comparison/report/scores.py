@@ -12,6 +12,7 @@ READOUT_POOLS = ("last", "mean", "concat")
 #: Columns in the order of what they decide, and their headings.
 COLUMNS = {
     "finetune": "fine-tuned",
+    "finetune_causal": "fine-tuned, causal",
     "segmentation": "mIoU",
     "segmentation_frozen": "mIoU, frozen",
     "readout": "best readout",
@@ -22,6 +23,7 @@ COLUMNS = {
 #: What the columns are called in a sentence.
 NAMES = COLUMNS | {
     "finetune": "fine-tuning",
+    "finetune_causal": "fine-tuning with causal attention",
     "segmentation": "the mean IoU of segmentation",
     "segmentation_frozen": "the mean IoU of segmentation with the backbone frozen",
     "readout": "the best frozen features",
