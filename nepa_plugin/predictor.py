@@ -67,6 +67,8 @@ class NepaViT(PatchOrder, Eva):
         rope_temperature: Base of the RoPE periods.
         rope_rescale_coords: In training mode the patch coordinates are multiplied by a factor drawn log-uniformly
             from [1/r, r], once per forward pass. 1 turns this off.
+        predicts: Whether the outputs are predictions of embeddings. It changes nothing in the model; a training whose
+            head between outputs and loss is thrown away turns it off, so that nothing takes its outputs for some.
         use_fc_norm: LayerNorm between pooling and head. Default: only with a head that does not read the last token.
         dynamic_img_size: Accept any image size divisible by the patch size.
         dynamic_img_pad: Pad images at the bottom and right to the next multiple of the patch size.
@@ -98,6 +100,7 @@ class NepaViT(PatchOrder, Eva):
         position_embedding: PositionEmbedding = "rope",
         rope_temperature: float = 100.0,
         rope_rescale_coords: float = 2.0,
+        predicts: bool = True,
         use_fc_norm: bool | None = None,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
@@ -155,6 +158,7 @@ class NepaViT(PatchOrder, Eva):
         self.best_feature = ("final norm", "mean")
         self.attention: str = attention
         self.order = order
+        self.predicts = predicts
         self.register_buffer("_own_order", self._order_of(self.patch_embed.grid_size), persistent=False)
         if self.rope is not None:
             self.rope.__class__ = ResidentRope  # Eva builds its RoPE by a name, and there is none for a class of ours
@@ -210,6 +214,20 @@ class NepaViT(PatchOrder, Eva):
         self.attention = attention
         update_model_args(self, attention=attention)  # so that an exported folder rebuilds this mode
         return self
+
+    def set_predicts(self, predicts: bool) -> None:
+        """Say whether the outputs are predictions of embeddings, also in what is exported."""
+        if predicts != self.predicts:
+            self.predicts = predicts
+            update_model_args(self, predicts=predicts)
+
+    def check_predicts(self) -> None:
+        """Raise ``ValueError`` if the outputs are no predictions of embeddings."""
+        if not self.predicts:
+            raise ValueError(
+                "This backbone's outputs are no predictions of embeddings: a head between them and the loss was thrown "
+                "away after pretraining."
+            )
 
     # -- forward passes ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
-"""Draw what a NEPA backbone expects: similarity of predicted embeddings to all patches of some images.
+"""Look inside a NEPA backbone: what it expects next, what surprises it, what attends to what, and its features.
 
-python tools/visualize.py runs/x/backbone --data digits --out similarity.png
+python tools/visualize.py runs/x/backbone photo.jpg holiday/ --out look
 """
 
 from nepa_plugin.commands.visualize import main

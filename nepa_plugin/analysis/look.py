@@ -54,7 +54,7 @@ class Look:
 
 
 def look(model: NepaViT, images: Tensor, names: Sequence[str], layers: Sequence[int]) -> list[Look]:
-    """Look at images one by one.
+    """Look at images one by one; without similarity and surprise where a model's outputs are no predictions.
 
     Args:
         model: The predictor.
@@ -77,13 +77,15 @@ def look(model: NepaViT, images: Tensor, names: Sequence[str], layers: Sequence[
     for i, name in enumerate(names):
         image = images[i : i + 1]
         one = Look(name, (images[i].cpu() * std + mean).clamp(0, 1), grid, colours=colours[i].cpu())
-        similar = similarity_maps(model, image, range(patches))[0].flatten(1)
-        surprised = surprise(model, image)
-        one.maps += [
-            PatchMap("similarity", "of the predicted embedding to all patches", similar),
-            PatchMap("surprise", "1 - cosine of the predicted to the own embedding", surprised.predicting[0].flatten()),
-            PatchMap("surprise", "the same for a copy of the patch read before", surprised.copying[0].flatten()),
-        ]
+        if model.predicts:
+            similar = similarity_maps(model, image, range(patches))[0].flatten(1)
+            surprised = surprise(model, image)
+            predicting, copying = (part[0].flatten() for part in (surprised.predicting, surprised.copying))
+            one.maps += [
+                PatchMap("similarity", "of the predicted embedding to all patches", similar),
+                PatchMap("surprise", "1 - cosine of the predicted to the own embedding", predicting),
+                PatchMap("surprise", "the same for a copy of the patch read before", copying),
+            ]
         probabilities = attention_probabilities(model, image, range(1, max(layers, default=0) + 1))
         for layer in layers:
             heads = probabilities[layer][0, :, prefix:, prefix:]

@@ -27,6 +27,7 @@ def similarity_maps(model: NepaViT, images: Tensor, queries: Sequence[int]) -> T
     Raises:
         ValueError: If a query is no patch of these images.
     """
+    model.check_predicts()
     was_training = model.training
     try:
         embeddings, predictions = model.eval().predict_next(images)

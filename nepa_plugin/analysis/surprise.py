@@ -42,6 +42,7 @@ def surprise(model: NepaViT, images: Tensor) -> Surprise:
         model: The predictor.
         images: Normalised images (B, C, H, W).
     """
+    model.check_predicts()
     was_training = model.training
     try:
         embeddings, predictions = model.eval().predict_next(images)

@@ -146,6 +146,9 @@ def _read(name: str, transform: Any) -> Tensor:
 
 
 def _scores(model: NepaViT, names: Sequence[str], images: Tensor) -> Iterator[tuple[str, float, float]]:
+    if not model.predicts:
+        yield from ((name, 0.0, 0.0) for name in names)
+        return
     found = surprise(model, images)
     copied = found.copying.flatten(1).nanmean(dim=1)
     yield from zip(names, found.score.tolist(), copied.tolist(), strict=True)
@@ -169,19 +172,21 @@ def _write(
     out = given.out
     out.mkdir(parents=True, exist_ok=True)
     cfg: Any = model.pretrained_cfg
-    plot_similarity(
-        images, similarity_maps(model, images, queries), queries, out / "similarity.png", cfg["mean"], cfg["std"]
-    )
     figures = {
         "attention": plot_attention(looks, layers, queries[len(queries) // 2]),
-        "surprise": plot_surprise(looks, {name: score for name, score, _ in ranked}),
         "components": plot_components(looks),
         "statistics": plot_statistics(statistics, uniform),
     }
+    if model.predicts:
+        maps = similarity_maps(model, images, queries)
+        plot_similarity(images, maps, queries, out / "similarity.png", cfg["mean"], cfg["std"])
+        figures["surprise"] = plot_surprise(looks, {name: score for name, score, _ in ranked})
+        _table(out / "surprise.csv", ("image", "surprise", "surprise_of_copying"), ranked)
+    else:
+        print("The outputs are no predictions of embeddings, so there is neither similarity nor surprise.")
     for name, figure in figures.items():
         with whole_file(out / f"{name}.png") as part:
             part.write_bytes(picture(figure))
-    _table(out / "surprise.csv", ("image", "surprise", "surprise_of_copying"), ranked)
     kinds = [each.name for each in fields(AttentionStatistics)]
     heads = [
         (layer, head + 1, *(float(getattr(each, kind)[head]) for kind in kinds))
@@ -199,7 +204,7 @@ def _write(
         "of the patch that attends; what goes to the class token is left out of the maps. Each map has its own scale."
     )
     write_page(looks, out / "index.html", "A look inside", about)
-    for name, score, copied in ranked[:3]:
+    for name, score, copied in ranked[:3] if model.predicts else []:
         print(f"{name}: surprise {score:.3f}, of copying the patch before {copied:.3f}")
     print(f"Wrote {out / 'index.html'} and the pictures and tables beside it.")
 

@@ -269,6 +269,6 @@ def _untrained(runs: list[Run], what: Comparison) -> list[Run]:
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
     """Return what of a backbone's config its fresh weights depend on."""
-    other = ("dynamic_img_size", "drop_path_rate")
+    other = ("dynamic_img_size", "drop_path_rate", "predicts")
     args = {key: value for key, value in config.get("model_args", {}).items() if key not in other}
     return {"architecture": config["architecture"], "model_args": args}

@@ -44,6 +44,7 @@ class CausalMethod(Method):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.backbone.set_attention(attention)
+        self.backbone.set_predicts(False)  # what is compared with the loss's targets comes from a head of the method
         self.crop_scale = crop_scale
         self.hflip_prob = hflip_prob
 

@@ -76,6 +76,7 @@ class NEPA(CausalMethod):
             else ContrastiveNextEmbeddingLoss(shift, stop_gradient, temperature)
         )
         self.class_token_target = class_token_target
+        self.backbone.set_predicts(predictor_head == "none")
         dim = self.backbone.embed_dim
         self.mask_token: nn.Parameter | None = None
         if input_mask_ratio:

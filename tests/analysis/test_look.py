@@ -15,16 +15,20 @@ from PIL import Image
 from refusal import refusal
 from sklearn.datasets import load_sample_images
 
+import nepa_plugin
 from nepa_plugin.analysis.components import principal_colours, similarity_by_region
+from nepa_plugin.analysis.generation import roll_forward
 from nepa_plugin.analysis.look import look
 from nepa_plugin.analysis.page import write_page
 from nepa_plugin.analysis.regions import patch_labels
+from nepa_plugin.analysis.similarity import similarity_maps
 from nepa_plugin.analysis.surprise import most_surprising, surprise
 from nepa_plugin.checkpoints import save_backbone
 from nepa_plugin.commands.visualize import main
 from nepa_plugin.data.errors import DataError
 from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.loss import NextEmbeddingLoss
+from nepa_plugin.methods import CPC, NEPA
 from nepa_plugin.order import patch_order
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -211,3 +215,23 @@ def test_bad_input_is_one_line_and_writes_nothing(backbone, photos, tmp_path, ca
     given = [argument.format(photos=photos, backbone=backbone) for argument in arguments]
     assert said in refusal(capsys, main, [str(backbone), *given, "--out", str(out)])
     assert not out.exists()
+
+
+def test_outputs_that_are_no_predictions_are_not_taken_for_some(photos, tmp_path, capsys):
+    args = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    sizes = {"backbone": "nepa_vit_tiny_patch14_224", "img_size": 32, "patch_size": 8, "num_classes": 0}
+    kept, thrown = (NEPA(**sizes, backbone_args=args, predictor_head=head).backbone for head in ("none", "mlp"))
+    assert kept.predicts and not thrown.predicts and not CPC(**sizes, backbone_args=args).backbone.predicts
+    backbone = save_backbone(thrown, tmp_path / "backbone")
+    assert not nepa_plugin.load_backbone(backbone).predicts
+    for call in (similarity_maps, roll_forward):
+        with pytest.raises(ValueError, match="outputs are no predictions of embeddings"):
+            call(thrown, torch.randn(1, 3, 32, 32), [0] if call is similarity_maps else 3)
+    with pytest.raises(ValueError, match="outputs are no predictions of embeddings"):
+        surprise(thrown, torch.randn(1, 3, 32, 32))
+    main([str(backbone), str(photos), "--out", str(tmp_path / "look")])
+    assert "there is neither similarity nor surprise" in capsys.readouterr().out
+    assert {path.stem for path in (tmp_path / "look").glob("*.png")} == {"attention", "components", "statistics"}
+    message = refusal(capsys, main, [str(backbone), str(photos), "--out", str(tmp_path / "similarity.png")])
+    assert "outputs are no predictions of embeddings" in message
+    assert not (tmp_path / "similarity.png").exists()
