@@ -151,6 +151,11 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
     sources = {run.name: config for run, config in planned if config is not None}
     if not sources:
         raise ComparisonError("--search needs configs to train; folders of finished runs are finished.")
+    if not (what.out / SEARCH).is_file() and (there := [n for n in sources if (what.out / folder_name(n)).exists()]):
+        raise ComparisonError(
+            f"{what.out / folder_name(there[0])} was trained without a search, whose choice may be another: choose "
+            "another --out."
+        )
     configs = {name: read_config(source) for name, source in sources.items()}
     wanted = {name: choices(config, budget, Random(f"{seed} {name}")) for name, config in configs.items()}
     _check_overrides(what.overrides, wanted)

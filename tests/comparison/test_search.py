@@ -8,11 +8,13 @@ import pytest
 from test_comparison import FAST, NEPA, comparison
 
 from nepa_plugin import methods
-from nepa_plugin.comparison import ComparisonError, compare
+from nepa_plugin.comparison import ComparisonError, Run, compare
+from nepa_plugin.comparison.plan import request_of
 from nepa_plugin.comparison.report import write_report
 from nepa_plugin.comparison.report.searched import search_table
 from nepa_plugin.comparison.search import KNOBS, LR_SPAN, Search, Trial, _held_out, choices, search
 from nepa_plugin.data import TRAINING_DIGITS, digits_folder
+from nepa_plugin.runtime.files import write_json
 from nepa_plugin.training.configs import read_config
 
 SHORT = [*FAST, "--model.backbone_args.num_heads", "2"]
@@ -63,6 +65,15 @@ def test_bad_input_is_refused_before_any_training(tmp_path):
     assert "search_seed must be at least 0" in refused(comparison(tmp_path, NEPA), 2, -1)
     message = refused(comparison(tmp_path, NEPA, overrides=["--model.base_lr=1e-3"]), 2)
     assert "--search chooses model.base_lr: leave --model.base_lr out after --." in message
+
+
+def test_runs_without_a_search_are_found_before_it_begins(tmp_path):
+    what = comparison(tmp_path, NEPA)
+    run = what.out / "nepa_digits" / "seed0"
+    run.mkdir(parents=True)
+    write_json(*request_of(Run("nepa_digits", 0, run), what.arguments(NEPA, 0)))
+    with pytest.raises(ComparisonError, match=r"nepa_digits was trained without a search, .*: choose another --out\."):
+        search(what, 2, 0, lambda line: pytest.fail(f"started: {line}"))
 
 
 def test_the_best_trial_is_taken_and_the_first_of_several():
