@@ -12,7 +12,7 @@ from nepa_plugin.loss import ContrastiveNextEmbeddingLoss, NextEmbeddingLoss
 from nepa_plugin.methods.causal import CausalMethod
 from nepa_plugin.methods.heads import TokenHead
 from nepa_plugin.methods.masks import RandomMasks
-from nepa_plugin.runtime.ranges import FractionBelowOne, PositiveFloat, PositiveInt
+from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class NEPA(CausalMethod):
@@ -30,6 +30,7 @@ class NEPA(CausalMethod):
         horizon: Places ahead that are predicted, each by a head of its own, and the loss is their mean; without
             ``predictor_head`` the first reads the transformer's outputs as they are, as published, and the others have
             a linear layer.
+        horizon_weights: Of each place ahead in that mean; by default all alike.
         loss: ``"cosine"``, as published, or ``"infonce"``
             (:class:`~nepa_plugin.loss.ContrastiveNextEmbeddingLoss`).
         temperature: Of ``infonce``.
@@ -54,6 +55,7 @@ class NEPA(CausalMethod):
         stop_gradient: bool = True,
         predictor_head: Literal["none", "mlp", "simsiam"] = "none",
         horizon: PositiveInt = 1,
+        horizon_weights: list[NonNegativeFloat] | None = None,
         loss: Literal["cosine", "infonce"] = "cosine",
         temperature: PositiveFloat = 0.1,
         class_token_target: bool = True,
@@ -65,6 +67,8 @@ class NEPA(CausalMethod):
             raise ValueError(f"loss={loss!r} is neither 'cosine' nor 'infonce'.")
         if predictor_head == "simsiam" and hasattr(self.backbone, "input_dim"):
             raise ValueError("predictor_head='simsiam' has a BatchNorm, which would count padding: take 'mlp'.")
+        if horizon_weights is not None and (len(horizon_weights) != horizon or not sum(horizon_weights)):
+            raise ValueError(f"horizon_weights={horizon_weights} must be {horizon} number(s), not all of them 0.")
         if horizon > 1 and not shift:
             raise ValueError(f"horizon={horizon} needs shift: without, a prediction is compared with its own place.")
         tokens = self.backbone.patch_embed.num_patches + class_token_target * self.backbone.num_prefix_tokens
@@ -75,6 +79,7 @@ class NEPA(CausalMethod):
             if loss == "cosine"
             else ContrastiveNextEmbeddingLoss(shift, stop_gradient, temperature)
         )
+        self.horizon_weights = horizon_weights
         self.class_token_target = class_token_target
         self.backbone.set_predicts(predictor_head == "none")
         dim = self.backbone.embed_dim
@@ -121,7 +126,12 @@ class NEPA(CausalMethod):
         valid = valid if valid is None else valid[:, first:]
         predictions = [head(seen) for head in self.heads]
         losses = [self.criterion(targets, found, valid, ahead + 1) for ahead, found in enumerate(predictions)]
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if len(losses) == 1:
+            loss = losses[0]
+        else:
+            weights = self.horizon_weights or [1.0] * len(losses)
+            weighted = [weight * each for weight, each in zip(weights, losses, strict=True)]
+            loss = torch.stack(weighted).sum() / sum(weights)
         if self.is_logging_step and self.criterion.shift:
             self._log_skill(targets, predictions[0], valid)
         if padding is None:

@@ -90,12 +90,28 @@ def test_the_loss_is_the_mean_over_the_places_ahead(head, loss, class_token_targ
     torch.testing.assert_close(features, outputs[:, 1:].mean(dim=1))
 
 
+def test_places_ahead_can_weigh_differently():
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    losses = {}
+    for weights in (None, [1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [3.0, 1.0]):
+        torch.manual_seed(0)
+        losses[str(weights)] = nepa(horizon=2, horizon_weights=weights).eval().step([images])[0].detach()
+    assert torch.equal(losses["None"], losses["[1.0, 1.0]"])
+    torch.manual_seed(0)
+    torch.testing.assert_close(losses["[1.0, 0.0]"], nepa().eval().step([images])[0].detach())
+    expected = 0.75 * losses["[1.0, 0.0]"] + 0.25 * losses["[0.0, 1.0]"]
+    torch.testing.assert_close(losses["[3.0, 1.0]"], expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"horizon": 17}, "horizon=17 must be less than the 17 tokens"),
         ({"horizon": 16, "class_token_target": False}, "horizon=16 must be less than the 16 tokens"),
         ({"horizon": 2, "shift": False}, "horizon=2 needs shift"),
+        ({"horizon": 2, "horizon_weights": [1.0]}, r"horizon_weights=\[1.0\] must be 2 number\(s\), not all of them 0"),
+        ({"horizon": 2, "horizon_weights": [0.0, 0.0]}, "not all of them 0"),
+        ({"horizon": 2, "horizon_weights": [1.0, -1.0]}, r"horizon_weights\[1\] must be at least 0, got -1.0"),
         ({"loss": "mse"}, "loss='mse' is neither 'cosine' nor 'infonce'"),
     ],
 )
