@@ -82,6 +82,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--no_untrained", action="store_true", help="leave out the rows with fresh weights")
     causal = "fine-tune NEPA's rows with causal attention, too"
     parser.add_argument("--causal", action="store_true", help=causal)
+    looked = "look at the backbones' attention, too: distance, entropy and locality by layer"
+    parser.add_argument("--attention", action="store_true", help=looked)
     parser.add_argument("--search_seed", type=int, default=0, help="of the trials' choices and trainings")
     parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
     evaluation = Parser(add_help=False)
@@ -106,6 +108,7 @@ def main(args: list[str] | None = None) -> None:
             own_options,
             segmentation=given.segment,
             causal=given.causal,
+            attention=given.attention,
             floors=not given.no_untrained,
         )
         if given.causal and "finetune" not in protocols:

@@ -56,6 +56,7 @@ class Run:
         config: Its ``config.yaml``; empty for an untrained backbone.
         results: Evaluation results by protocol.
         curves: Its ``metrics.csv``: name -> [(step, value), ...].
+        attention: What its attention is like, by kind a number per layer, where that was looked at.
         error: Why it failed, if it did.
     """
 
@@ -66,6 +67,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    attention: dict[str, list[float]] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -91,6 +93,7 @@ class Comparison:
         floors: Add the backbones with fresh weights.
         segmentation: An mmsegmentation config that every backbone is segmented with, frozen and fine-tuned.
         causal: Fine-tune NEPA's predictors with causal attention, too, in a column of its own.
+        attention: Look at how the backbones attend.
     """
 
     sources: Sequence[str]
@@ -105,6 +108,7 @@ class Comparison:
     floors: bool = True
     segmentation: str | None = None
     causal: bool = False
+    attention: bool = False
 
     def options_of(self, name: str) -> EvaluationOptions:
         """Return the options of a row's evaluation."""

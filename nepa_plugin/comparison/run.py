@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
+from nepa_plugin.comparison.attention import look_at_attention
 from nepa_plugin.comparison.child import PARENT
 from nepa_plugin.comparison.plan import (
     REQUEST,
@@ -193,6 +194,8 @@ def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
             tuned = replace(options, finetune=replace(options.finetune, attention="causal"))
             found = _results(run, what, tuned, ["finetune"], "evaluation-causal", f"{place}causal: ", say)
             done = done | {CAUSAL: found["finetune"]}
+        if what.attention:
+            run.attention = look_at_attention(run, what.data, options.crop_pct)
     except Exception as error:  # whatever it is, the other rows go on
         (run.folder / "evaluation.log").write_text(traceback.format_exc())
         run.error = f"evaluation: {error} (see {run.folder / 'evaluation.log'})"

@@ -6,10 +6,12 @@ import pytest
 import yaml
 
 import nepa_plugin
+from nepa_plugin.analysis.attention import attention_probabilities, attention_statistics, uniform_statistics
 from nepa_plugin.commands.compare import main
 from nepa_plugin.comparison import Comparison, compare
 from nepa_plugin.comparison.report import write_report
-from nepa_plugin.comparison.report.ablations import PUBLISHED, ablation_table
+from nepa_plugin.comparison.report.ablations import PUBLISHED, ablation_table, attention_table
+from nepa_plugin.data import evaluation_loaders
 from nepa_plugin.evaluation import EvaluationOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
 from nepa_plugin.methods import NEPA
@@ -72,6 +74,7 @@ def finished(tmp_path_factory):
         FAST,
         options,
         causal=True,
+        attention=True,
         floors=False,
     )
     runs = compare(what, lambda line: None)
@@ -96,6 +99,22 @@ def test_both_ways_of_fine_tuning_are_columns(finished):
             k: entry["top1"] for k, entry in other.results.items()
         }
     assert not any("evaluating" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_attention_is_a_table(finished):
+    root, _, runs = finished
+    backbone = nepa_plugin.load_backbone(runs[0].folder / "backbone")
+    image = evaluation_loaders("digits", backbone, 1)[1].dataset[0][0][None]
+    assert len(runs[0].attention["distance"]) == len(backbone.blocks) == 2
+    causal = uniform_statistics((8, 8), 1, range(64))
+    for kind in ("distance", "entropy", "outside"):  # four steps have not changed much
+        own = float(getattr(attention_statistics(attention_probabilities(backbone, image)[2], (8, 8), 1), kind).mean())
+        assert runs[0].attention[kind][1] == pytest.approx(own, rel=0.1)
+        assert runs[0].attention[kind][1] <= causal[kind] * 1.1
+    table = attention_table(runs)
+    assert [row[1] for row in table.rows] == ["1, 2"] * 2
+    assert "## Attention" in (root / "report" / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nepa_plugin.comparison.plan import Run
-from nepa_plugin.comparison.report.ablations import ablation_table, plot_ablations
+from nepa_plugin.comparison.report.ablations import ablation_table, attention_table, plot_ablations
 from nepa_plugin.comparison.report.costs import cost_tables
 from nepa_plugin.comparison.report.exports import latex_table, write_csv
 from nepa_plugin.comparison.report.facts import failures, inequalities
@@ -47,7 +47,8 @@ def write_report(
         "probe": ("Online probe during training", plot_online_probe(runs)),
         "loss": ("Training loss", plot_losses(runs)),
     }
-    if (ablations := plot_ablations(runs)) is not None:
+    ablations = plot_ablations(runs)
+    if ablations is not None:
         figures["ablations"] = ("NEPA's rows in training", ablations)
     pictures: dict[str, bytes] = {}
     (out / "figures").mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,8 @@ def write_report(
     parts: list[Table | tuple[str, str]] = [accuracy] if accuracy.rows else []
     parts += [(name, caption) for name, (caption, _) in figures.items()]
     parts[2:2] = [*cost_tables(runs), *others]
-    if (trained := ablation_table(runs)).rows:
-        parts.insert(len(parts) - 1, trained)
+    seen = [table for table in (ablation_table(runs), attention_table(runs)) if table.rows]
+    parts[len(parts) - bool(ablations) : len(parts) - bool(ablations)] = seen
     if (published := published_table(runs)).rows:
         parts.append(published)
     equal, different = inequalities(runs)
