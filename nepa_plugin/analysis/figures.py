@@ -156,7 +156,7 @@ def plot_similarity(
 
     Args:
         images: Normalised images (B, 3, H, W).
-        maps: From :func:`similarity_maps`, (B, Q, rows, columns).
+        maps: From :func:`~nepa_plugin.analysis.similarity.similarity_maps`, (B, Q, rows, columns).
         queries: The query patches of the maps.
         path: PNG file to write.
         mean: Mean that the images were normalised with.
