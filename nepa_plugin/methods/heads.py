@@ -51,30 +51,39 @@ class PrototypeHead(DINOProjectionHead):
         return logits
 
 
-class TokenHead(nn.Module):
-    """A prediction head on every token, as wide as the tokens.
+HeadKind = Literal["none", "mlp", "simsiam"]
+
+
+class TokenHeads(nn.Module):
+    """Predictions of the next embeddings of every token, as wide as the tokens: hidden layers, and an output per place.
 
     Args:
         kind: ``"mlp"``: Linear, LayerNorm and GELU twice, then Linear. ``"simsiam"``: SimSiam's prediction head with
             its bottleneck of a quarter of the width and BatchNorm over all tokens of the batch (arXiv 2011.10566).
+            ``"none"``: no hidden layer, and the first place reads the tokens as they are.
         dim: Width of a token, D.
+        places: Places ahead. The hidden layers are shared, so that a further place costs one linear layer.
 
     Raises:
         ValueError: If there is no such kind.
     """
 
-    def __init__(self, kind: Literal["mlp", "simsiam"], dim: int) -> None:
+    def __init__(self, kind: HeadKind, dim: int, places: int = 1) -> None:
         super().__init__()
-        self.layers: nn.Module
+        self.hidden: nn.Module = nn.Identity()
+        first: nn.Module = nn.Identity()
         if kind == "mlp":
             hidden = [layer for _ in range(2) for layer in (nn.Linear(dim, dim), nn.LayerNorm(dim), nn.GELU())]
-            self.layers = nn.Sequential(*hidden, nn.Linear(dim, dim))
+            self.hidden, first = nn.Sequential(*hidden), nn.Linear(dim, dim)
         elif kind == "simsiam":
-            self.layers = SimSiamPredictionHead(dim, max(1, dim // 4), dim)
-        else:
+            *hidden, first = SimSiamPredictionHead(dim, max(1, dim // 4), dim).layers
+            self.hidden = nn.Sequential(*hidden)
+        elif kind != "none":
             raise ValueError(f"predictor_head={kind!r} is none of none, mlp and simsiam.")
+        width = first.in_features if isinstance(first, nn.Linear) else dim
+        self.places = nn.ModuleList([first, *(nn.Linear(width, dim) for _ in range(places - 1))])
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return predictions (B, T, D) of tokens (B, T, D)."""
-        # BatchNorm takes (N, D)
-        return self.layers(tokens.flatten(0, 1)).view_as(tokens)
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        """Return the predictions (B, T, D) of each place of tokens (B, T, D)."""
+        hidden = self.hidden(tokens.flatten(0, 1))  # BatchNorm takes (N, D)
+        return [place(hidden).view_as(tokens) for place in self.places]

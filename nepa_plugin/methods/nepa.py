@@ -10,7 +10,7 @@ from nepa_plugin.analysis.collapse import effective_rank, mean_pairwise_cosine
 from nepa_plugin.data.transforms import NEPATransform
 from nepa_plugin.loss import ContrastiveNextEmbeddingLoss, NextEmbeddingLoss
 from nepa_plugin.methods.causal import CausalMethod
-from nepa_plugin.methods.heads import TokenHead
+from nepa_plugin.methods.heads import HeadKind, TokenHeads
 from nepa_plugin.methods.masks import RandomMasks
 from nepa_plugin.runtime.ranges import FractionBelowOne, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -25,11 +25,11 @@ class NEPA(CausalMethod):
         shift: Predict the next embedding; ``False`` predicts the same one (an ablation).
         stop_gradient: Detach the targets; ``False`` lets them collapse (an ablation).
         predictor_head: A network between the transformer's outputs and the loss, which is thrown away after
-            pretraining: ``"mlp"``, ``"simsiam"`` (:class:`~nepa_plugin.methods.heads.TokenHead`), or ``"none"``, as
+            pretraining: ``"mlp"``, ``"simsiam"`` (:class:`~nepa_plugin.methods.heads.TokenHeads`), or ``"none"``, as
             published.
-        horizon: Places ahead that are predicted, each by a head of its own, and the loss is their mean; without
-            ``predictor_head`` the first reads the transformer's outputs as they are, as published, and the others have
-            a linear layer.
+        horizon: Places ahead that are predicted, each by a linear layer of its own on the head's hidden layers, and the
+            loss is their mean; without ``predictor_head`` the first reads the transformer's outputs as they are, as
+            published, and the others have a linear layer.
         horizon_weights: Of each place ahead in that mean; by default all alike.
         loss: ``"cosine"``, as published, or ``"infonce"``
             (:class:`~nepa_plugin.loss.ContrastiveNextEmbeddingLoss`).
@@ -53,7 +53,7 @@ class NEPA(CausalMethod):
         *args: Any,
         shift: bool = True,
         stop_gradient: bool = True,
-        predictor_head: Literal["none", "mlp", "simsiam"] = "none",
+        predictor_head: HeadKind = "none",
         horizon: PositiveInt = 1,
         horizon_weights: list[NonNegativeFloat] | None = None,
         loss: Literal["cosine", "infonce"] = "cosine",
@@ -91,13 +91,8 @@ class NEPA(CausalMethod):
             self.masks = RandomMasks(patches, int(input_mask_ratio * patches))
             self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
             nn.init.trunc_normal_(self.mask_token, std=0.02)
-        #: Per place ahead, what is between the transformer's outputs and the loss.
-        self.heads = nn.ModuleList(
-            TokenHead(predictor_head, dim)
-            if predictor_head != "none"
-            else (nn.Linear(dim, dim) if ahead else nn.Identity())
-            for ahead in range(horizon)
-        )
+        #: What is between the transformer's outputs and the loss.
+        self.heads = TokenHeads(predictor_head, dim, horizon)
 
     def step(self, views: list[Tensor], masks: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the next-embedding loss of the one view, and its features (B, D).
@@ -124,7 +119,7 @@ class NEPA(CausalMethod):
         first = 0 if self.class_token_target else prefix
         seen, targets = outputs[:, first:], embeddings[:, first:]
         valid = valid if valid is None else valid[:, first:]
-        predictions = [head(seen) for head in self.heads]
+        predictions = self.heads(seen)
         losses = [self.criterion(targets, found, valid, ahead + 1) for ahead, found in enumerate(predictions)]
         if len(losses) == 1:
             loss = losses[0]

@@ -5,15 +5,16 @@ import json
 from pathlib import Path
 
 import torch
-import yaml
 
 from nepa_plugin import methods
 from nepa_plugin.training.cli import main
+from nepa_plugin.training.configs import read_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"
 METHODS = [
     "nepa",
+    "nepa_plus",
     "simclr",
     "mocov3",
     "simsiam",
@@ -53,7 +54,7 @@ def train(name, run_dir, *more):
 
 
 def method_class(name):
-    config = yaml.safe_load((CONFIGS / f"{name}_digits.yaml").read_text())
+    config = read_config(CONFIGS / f"{name}_digits.yaml")
     return getattr(methods, config["model"]["class_path"].rsplit(".", 1)[1])
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 import pytest
 import timm
 import torch
-import yaml
 from every_method import CONFIGS, METHODS, MOMENTUM, SHORT, Runs, curve, method_class, state, train
 
 import nepa_plugin
@@ -29,7 +28,7 @@ EPOCHS |= {"nepa": 7, "aim": 14, "beit": 16, "ibot": 16}
 
 def test_every_method_has_its_configs():
     classes = {cls for cls in map(methods.__dict__.get, methods.__all__) if isinstance(cls, type)}
-    named = {name: yaml.safe_load((CONFIGS / f"{name}_digits.yaml").read_text()) for name in METHODS}
+    named = {name: read_config(CONFIGS / f"{name}_digits.yaml") for name in METHODS}
     used = {config["model"]["class_path"].rsplit(".", 1)[1] for config in named.values()}
     assert used == {cls.__name__ for cls in classes} - {"Method", "MomentumMethod"}
     for name in METHODS:

@@ -40,9 +40,8 @@ def test_a_head_is_between_the_outputs_and_the_loss_and_not_exported(kind, param
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     loss, features = model.step([images])
     embeddings, outputs = model.backbone.predict_next(images)
-    layers = model.heads[0].layers if kind == "mlp" else model.heads[0].layers.layers
     predictions = outputs.reshape(-1, 64)
-    for layer in layers:
+    for layer in (*model.heads.hidden, model.heads.places[0]):
         predictions = layer(predictions)
     predictions = predictions.view(4, 17, 64)
     targets = embeddings[:, 1:].detach()
@@ -78,9 +77,9 @@ def test_the_loss_is_the_mean_over_the_places_ahead(head, loss, class_token_targ
     embeddings, outputs = model.backbone.predict_next(images)
     start = 0 if class_token_target else 1
     terms = []
-    for k, layer in enumerate(model.heads, start=1):
+    for k, layer in enumerate(model.heads.places, start=1):
         assert isinstance(layer, torch.nn.Identity) == (head == "none" and k == 1)
-        predicted, targets = layer(outputs[:, start:])[:, :-k], embeddings[:, start + k :].detach()
+        predicted, targets = layer(model.heads.hidden(outputs[:, start:]))[:, :-k], embeddings[:, start + k :].detach()
         cosines = torch.nn.functional.cosine_similarity(predicted[:, :, None], targets[:, None], dim=-1)
         if loss == "cosine":
             terms.append(-cosines.diagonal(dim1=1, dim2=2).mean())
