@@ -131,6 +131,7 @@ class ImageData(LightningDataModule):
         #: What the sizes of the images are multiples of, once a method is known; and these sizes, once they are asked.
         self._patch_size: tuple[int, int] | None = None
         self._sizes: NativeSizes | None = None
+        self._together = 0  # images of a batch over all devices, which they follow from
         classes = self.train_shards.classes if self.train_shards else class_names(self.train_images)
         val_classes = class_names(self.val_images)
         if val_classes and classes != val_classes:
@@ -200,7 +201,9 @@ class ImageData(LightningDataModule):
         assert self._patch_size is not None
         assert self.max_tokens is not None
         indices, together = self._indices[id(self.train_images)], self.batch_size_per_device * world_size
-        sizes = native_sizes(self.train_images, indices, self._patch_size, self.max_tokens, self.min_side, together)
+        sizes = self._sizes
+        if sizes is None or self._together != together:
+            sizes = native_sizes(self.train_images, indices, self._patch_size, self.max_tokens, self.min_side, together)
         batches = GridBatchSampler(sizes.grids, together, self.seed, accumulate=accumulate)
         if not len(batches):
             raise DataError(
@@ -209,7 +212,7 @@ class ImageData(LightningDataModule):
             )
         if self._sizes is None:
             rank_zero_info(f"Images of {sizes}: {len(batches)} batches of {together} in an epoch.")
-        self._sizes = sizes
+        self._sizes, self._together = sizes, together
 
     @property
     def sizes(self) -> dict[tuple[int, int], int] | None:
