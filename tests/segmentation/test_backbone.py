@@ -98,6 +98,18 @@ def test_details_are_the_checkpoints(details, layout, tmp_path):
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), tokens)
 
 
+def test_patches_are_read_in_the_checkpoints_order(tmp_path):
+    folder = nepa_plugin.save_backbone(nepa_plugin.load_backbone(TOY).set_order("hilbert"), tmp_path / "hilbert")
+    own, published = toy_backbone(folder, attention="causal"), nepa_plugin.load_backbone(folder)
+    assert own.vit.order == "hilbert"
+    images = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        tokens = published.get_intermediate_layers(images, [1], reshape=True)[0]
+        torch.testing.assert_close(toy_backbone(folder, attention="causal", out_indices=[1])(images)[0], tokens)
+    with pytest.raises(CheckpointError, match="order is hilbert, the config has raster"):
+        toy_backbone(folder, model_args={**SIZE, "order": "raster"})
+
+
 def test_raw_weights_of_a_run_of_the_published_code(tmp_path):
     folder = shutil.copytree(TOY, tmp_path / "run")
     average = {k: 2 * v for k, v in load_file(TOY / "model.safetensors").items()}
