@@ -20,7 +20,7 @@ FLOORS = (
     {"commands"},
 )
 #: Files on the ground floor that are a part of another's room.
-PARTS = {"rope": "predictor", "order": "predictor"}
+PARTS = {"rope": "predictor", "order": "predictor", "features": "predictor"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
