@@ -147,7 +147,8 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
     check_hints({"search": PositiveInt, "search_seed": NonNegativeInt}, {"search": budget, "search_seed": seed})
     if budget < 2:
         raise ComparisonError("--search 1 is the config as it is: give two trials or more, or leave it out.")
-    planned = plan(what)
+    # the runs after a search have its choice, so they are not compared with the configs as they are
+    planned = plan(replace(what, out=what.out / "search"))
     sources = {run.name: config for run, config in planned if config is not None}
     if not sources:
         raise ComparisonError("--search needs configs to train; folders of finished runs are finished.")

@@ -111,5 +111,12 @@ def test_a_search_and_the_comparison_after_it(tmp_path):
     runs = compare(chosen, lambda line: None)
     assert [run.name for run in runs] == ["nepa_digits", "untrained NepaViT causal"]
     assert runs[0].summary["train_images"] == TRAINING_DIGITS
+    # and again, with what came after the search there: it goes on
+    lines = []
+    chosen_again, found_again = search(what, 2, 0, lambda line: None)
+    again = compare(chosen_again, lines.append)
+    tops = [[entry["top1"] for entry in run.results.values()] for run in (*again, *runs)]
+    assert found_again == found and tops[: len(runs)] == tops[len(runs) :]
+    assert not any(line.endswith(": training") or "evaluating" in line for line in lines)
     write_report(runs, what.out, "nepa compare --search 2", others=[search_table(found)])
     assert "## Search" in (what.out / "report.md").read_text()
