@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nepa_plugin.analysis.modes import evaluating
+
 
 def check_layers(model: Any, layers: Sequence[int]) -> None:
     """Raise ``ValueError`` if a model has not all of these layers, counted from 1."""
@@ -60,12 +62,8 @@ def attention_probabilities(model: Any, images: Tensor, layers: Sequence[int] | 
     """
     layers = range(1, len(model.blocks) + 1) if layers is None else layers
     check_layers(model, layers)
-    was_training = model.training
-    try:
-        with _kept(model, layers) as found:
-            model.eval().forward_features(images)
-    finally:
-        model.train(was_training)
+    with evaluating(model), _kept(model, layers) as found:
+        model.forward_features(images)
     return {layer: found[layer].float() for layer in layers}
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 
+from nepa_plugin.analysis.modes import evaluating
 from nepa_plugin.order import in_order, patch_order
 from nepa_plugin.predictor import NepaViT
 
@@ -157,9 +158,8 @@ def roll_forward(model: NepaViT, images: Tensor, known: int) -> Rollout:
         ValueError: If there are not so many, or attention is not causal.
     """
     model.check_predicts()
-    was_training = model.training
-    try:
-        embeddings, predictions = model.eval().predict_next(images)
+    with evaluating(model):
+        embeddings, predictions = model.predict_next(images)
         prefix, patches = model.num_prefix_tokens, embeddings.shape[1] - model.num_prefix_tokens
         if not 1 <= known < patches:
             raise ValueError(f"{known} known patches: give 1 to {patches - 1}.")
@@ -173,6 +173,4 @@ def roll_forward(model: NepaViT, images: Tensor, known: int) -> Rollout:
             rolled.append(F.normalize(expected, dim=-1) * length)
             if reader.length < prefix + patches:
                 expected = reader.read(rolled[-1])
-    finally:
-        model.train(was_training)
     return Rollout(known, embeddings[:, prefix:], torch.cat(rolled, dim=1), predictions[:, prefix - 1 : -1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nepa_plugin.analysis.modes import evaluating
 from nepa_plugin.order import patch_order
 from nepa_plugin.predictor import NepaViT
 
@@ -28,11 +29,8 @@ def similarity_maps(model: NepaViT, images: Tensor, queries: Sequence[int]) -> T
         ValueError: If a query is no patch of these images.
     """
     model.check_predicts()
-    was_training = model.training
-    try:
-        embeddings, predictions = model.eval().predict_next(images)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        embeddings, predictions = model.predict_next(images)
     rows, columns = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     places = torch.tensor(patch_order(model.order, rows, columns), device=embeddings.device).argsort()
     patches = normalize(embeddings[:, model.num_prefix_tokens :].float(), dim=-1)[:, places]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from nepa_plugin.analysis.modes import evaluating
 from nepa_plugin.order import patch_order
 from nepa_plugin.predictor import NepaViT
 
@@ -43,11 +44,8 @@ def surprise(model: NepaViT, images: Tensor) -> Surprise:
         images: Normalised images (B, C, H, W).
     """
     model.check_predicts()
-    was_training = model.training
-    try:
-        embeddings, predictions = model.eval().predict_next(images)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        embeddings, predictions = model.predict_next(images)
     prefix = model.num_prefix_tokens
     grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     places = torch.tensor(patch_order(model.order, *grid), device=images.device).argsort()

@@ -18,9 +18,9 @@ from torch import Tensor
 from nepa_plugin.analysis.decoder import PixelDecoder
 from nepa_plugin.analysis.figures import outline, picture
 from nepa_plugin.analysis.generation import Rollout, roll_forward
-from nepa_plugin.checkpoints import load_backbone
 from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
+from nepa_plugin.commands.predictors import load_predictor
 from nepa_plugin.data import evaluation_loaders
 from nepa_plugin.order import patch_order
 from nepa_plugin.predictor import NepaViT
@@ -56,9 +56,7 @@ def main(args: list[str] | None = None) -> None:
         )
         check_hints({"--known": list[FractionBelowOne]}, {"--known": given.known})
         check_folder(given.out)
-        model = load_backbone(given.backbone)
-        if not isinstance(model, NepaViT) or hasattr(model, "input_dim"):
-            raise ValueError(f"{given.backbone} holds a {type(model).__name__}, which predicts no next embedding.")
+        model = load_predictor(given.backbone)
         if not model.is_causal:
             raise ValueError(f"{given.backbone} has bidirectional attention: only a causal one can be rolled forward.")
         model.check_predicts()

@@ -40,9 +40,9 @@ from nepa_plugin.analysis.page import write_page
 from nepa_plugin.analysis.regions import patch_labels
 from nepa_plugin.analysis.similarity import similarity_maps
 from nepa_plugin.analysis.surprise import surprise
-from nepa_plugin.checkpoints import load_backbone
 from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
+from nepa_plugin.commands.predictors import load_predictor
 from nepa_plugin.data import evaluation_loaders
 from nepa_plugin.data.evaluation import ImageFormat
 from nepa_plugin.data.files import MAX_PIXELS, check_files, pixel_limit
@@ -89,9 +89,7 @@ def main(args: list[str] | None = None) -> None:
             raise ValueError(f"--out {given.out}: its name must end with one of .{', .'.join(FORMATS)}.")
         if given.labels is not None and (alone or not given.labels.is_dir()):
             raise ValueError(f"--labels {given.labels}: give a folder, and a folder as --out.")
-        model = load_backbone(given.backbone)
-        if not isinstance(model, NepaViT) or hasattr(model, "input_dim"):
-            raise ValueError(f"{given.backbone} holds a {type(model).__name__}, which predicts no next embedding.")
+        model = load_predictor(given.backbone)
         rows, columns = model.patch_embed.grid_size
         # a quarter, the middle and three quarters of the way down, near the centre of the row
         queries = given.queries or [int(f * rows) * columns + columns // 2 for f in (0.25, 0.5, 0.75)]
