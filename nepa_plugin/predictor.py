@@ -155,7 +155,7 @@ class NepaViT(ImageFeatures, Eva):
         )
         self.global_pool = global_pool
         self.dynamic_img_resize = dynamic_img_resize
-        #: Depth and pooling that :meth:`extract_features` reads by default.
+        #: Depth and pooling that :meth:`~nepa_plugin.features.ImageFeatures.extract_features` reads by default.
         self.best_feature = ("final norm", "mean")
         self.attention: str = attention
         self.order = order
