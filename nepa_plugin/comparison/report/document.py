@@ -49,7 +49,7 @@ def write_report(
     }
     ablations = plot_ablations(runs)
     if ablations is not None:
-        figures["ablations"] = ("NEPA's rows in training", ablations)
+        figures["ablations"] = ("NEPA's rows in training: curves", ablations)
     pictures: dict[str, bytes] = {}
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, (_, figure) in (first | figures).items():
