@@ -62,7 +62,9 @@ def nepa(wheel, tmp_path_factory):
 
 def test_what_the_wheel_holds(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {path for path in (ROOT / "nepa_plugin").rglob("*") if path.suffix == ".py" or path.name == "py.typed"}
+    package = {
+        path for path in (ROOT / "nepa_plugin").rglob("*") if path.suffix in (".py", ".html") or path.name == "py.typed"
+    }
     configs = {path for folder in CONFIGS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml")}
     expected = {path.relative_to(ROOT).as_posix() for path in package}
     expected |= {f"nepa_plugin/{path.relative_to(ROOT).as_posix()}" for path in configs}
@@ -73,7 +75,7 @@ def test_what_the_wheel_holds(wheel):
 def test_the_list_of_commands_and_of_configs(nepa):
     assert nepa("--help").startswith("usage: nepa COMMAND ...\n")
     listed = [line.split()[0] for line in nepa("configs").splitlines() if line.startswith("  ")]
-    shown = [*CONFIGS, "lightly_configs/finetune"]
+    shown = [*CONFIGS, *(f"lightly_configs/{name}" for name in ("finetune", "ablations", "orders"))]
     files = [path for folder in shown for path in (ROOT / folder).glob("*.*") if path.stem != "base"]
     assert sorted(listed) == sorted(path.stem for path in files)
 

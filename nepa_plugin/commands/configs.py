@@ -10,7 +10,10 @@ import sys
 from nepa_plugin.commands.naming import command_parser
 from nepa_plugin.runtime.shipped import FOLDERS, ShippedConfigError, configs, named, summary
 
-USED_BY = dict(zip(FOLDERS, ("nepa pretrain, nepa compare", "nepa finetune", "mim train mmsegmentation"), strict=True))
+_PRETRAIN = "nepa pretrain, nepa compare"
+USED_BY = dict(
+    zip(FOLDERS, (_PRETRAIN, _PRETRAIN, _PRETRAIN, "nepa finetune", "mim train mmsegmentation"), strict=True)
+)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,7 +3,9 @@
 import difflib
 from pathlib import Path
 
-FOLDERS = ("lightly_configs", "lightly_configs/finetune", "mmseg_configs")
+#: Where the configs of pretraining are: by method, and NEPA's ablations and orders of patches.
+PRETRAINING = ("lightly_configs", "lightly_configs/ablations", "lightly_configs/orders")
+FOLDERS = (*PRETRAINING, "lightly_configs/finetune", "mmseg_configs")
 
 
 class ShippedConfigError(ValueError):
@@ -31,7 +33,7 @@ def find(config: str | Path, *folders: str) -> Path:
 
     Args:
         config: A path, or a name such as ``nepa_demo``, ``nepa_demo.yaml`` or ``lightly_configs/nepa_demo.yaml``.
-        folders: Which of :data:`FOLDERS` to look in; all by default.
+        folders: Which of :data:`FOLDERS` to look in; all by default. The first of :data:`PRETRAINING` stands for them.
 
     Raises:
         ShippedConfigError: If there is neither.
@@ -41,7 +43,7 @@ def find(config: str | Path, *folders: str) -> Path:
 
 def named(name: str | Path, *folders: str) -> Path:
     """Return the path of the shipped config of that name; arguments and errors as for :func:`find`."""
-    path, looked_in = Path(name), folders or FOLDERS
+    path, looked_in = Path(name), PRETRAINING if folders == PRETRAINING[:1] else folders or FOLDERS
     known, parent = configs(*looked_in), str(path.parent)
     if parent in (".", *looked_in):
         found = (known if parent == "." else configs(parent)).get(path.stem)

@@ -51,6 +51,11 @@ def test_a_config_changes_one_thing_and_can_be_built(path):
         assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
+def test_they_are_found_by_name():
+    assert read_config("no_shift") == read_config(CONFIGS / "ablations" / "no_shift.yaml")
+    assert read_config("lightly_configs/orders/hilbert") == read_config(CONFIGS / "orders" / "hilbert.yaml")
+
+
 def test_every_order_and_every_ablation_of_the_paper_has_a_config():
     orders = {read_config(path)["model"]["init_args"]["backbone_args"]["order"] for path in ORDERS}
     assert orders == {"random:0", *PATCH_ORDERS} - {"raster"}
