@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from random import Random
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 Cell = tuple[int, int]  # (row, column)
+Model = TypeVar("Model", bound="PatchOrder")
 
 
 def _raster(rows: int, columns: int) -> Iterator[Cell]:
@@ -176,7 +177,7 @@ class PatchOrder(nn.Module):
         """Whether attention is causal in the model's current mode."""
         return self.attention == "causal"
 
-    def set_order(self, order: str) -> Self:
+    def set_order(self: Model, order: str) -> Model:
         """Switch the order in which a built model reads the patches; the weights stay as they are.
 
         Args:
