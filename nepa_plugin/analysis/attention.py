@@ -1,9 +1,9 @@
 """What attends to what: attention probabilities of chosen layers, rollout, and what they say in numbers."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -124,6 +124,26 @@ def attention_statistics(probabilities: Tensor, grid: tuple[int, int], prefix: i
         entropy=torch.special.entr(from_patches).sum(dim=-1).mean(dim=mean),
         outside=(among * (apart.amax(dim=-1) > 1)).sum(dim=-1).mean(dim=mean),
     )
+
+
+def mean_statistics(model: Any, images: Iterable[Tensor]) -> dict[int, AttentionStatistics]:
+    """Return the statistics of every layer of a model, averaged over images.
+
+    Args:
+        model: A Vision Transformer of timm.
+        images: Normalised, (C, H, W) each; one at a time, as the matrices of all layers of a ViT-B are 38 MB.
+    """
+    found: dict[int, list[AttentionStatistics]] = {}
+    for image in images:
+        grid = model.patch_embed.dynamic_feat_size((image.shape[-2], image.shape[-1]))
+        for layer, probabilities in attention_probabilities(model, image[None]).items():
+            statistics = attention_statistics(probabilities, grid, model.num_prefix_tokens)
+            found.setdefault(layer, []).append(statistics)
+    kinds = [each.name for each in fields(AttentionStatistics)]
+    return {
+        layer: AttentionStatistics(*(torch.stack([getattr(each, kind) for each in own]).mean(dim=0) for kind in kinds))
+        for layer, own in found.items()
+    }
 
 
 def uniform_statistics(grid: tuple[int, int], prefix: int, order: Sequence[int] | None) -> dict[str, float]:

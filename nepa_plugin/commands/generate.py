@@ -22,6 +22,7 @@ from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
 from nepa_plugin.commands.predictors import load_predictor
 from nepa_plugin.data import evaluation_loaders
+from nepa_plugin.data.evaluation import spread
 from nepa_plugin.order import patch_order
 from nepa_plugin.predictor import NepaViT
 from nepa_plugin.runtime.files import whole_file
@@ -63,8 +64,8 @@ def main(args: list[str] | None = None) -> None:
         rows, columns = model.patch_embed.grid_size
         parts = {part: min(rows * columns - 1, max(1, round(part * rows * columns))) for part in given.known}
         train, val = (loader.dataset for loader in evaluation_loaders(given.data, model, 1))
-        decoder = PixelDecoder(model, _spread(train, FITTED), given.seed)
-        shown, scored = _spread(val, given.images), _spread(val, SCORED)
+        decoder = PixelDecoder(model, _images(train, FITTED), given.seed)
+        shown, scored = _images(val, given.images), _images(val, SCORED)
         given.out.mkdir(parents=True, exist_ok=True)
         rollouts = {part: roll_forward(model, shown, known) for part, known in parts.items()}
         with whole_file(given.out / "generation.png") as file:
@@ -77,10 +78,9 @@ def main(args: list[str] | None = None) -> None:
         print(f"Wrote {given.out / 'generation.png'} and similarity.csv and .png beside it.")
 
 
-def _spread(dataset: Any, number: int) -> Tensor:
+def _images(dataset: Any, number: int) -> Tensor:
     """Return so many images of a dataset (B, 3, H, W), or all, spread over it."""
-    chosen = range(0, len(dataset), max(1, len(dataset) // number))[:number]
-    return torch.stack([dataset[i][0] for i in chosen])
+    return torch.stack([dataset[i][0] for i in spread(len(dataset), number)])
 
 
 def _draw(model: NepaViT, images: Tensor, rollouts: dict[float, Rollout], decoder: PixelDecoder) -> Figure:
@@ -114,9 +114,7 @@ def _draw(model: NepaViT, images: Tensor, rollouts: dict[float, Rollout], decode
 def _write(out: Path, similarity: dict[float, dict[str, Tensor]]) -> None:
     with whole_file(out / "similarity.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            ["given", "patches_after", *(name.replace(" ", "_") for name in ("rolled", "one step", "copy"))]
-        )
+        writer.writerow(["given", "patches_after", "rolled", "one_step", "copy"])
         for given, found in similarity.items():
             for i in range(len(found["rolled"])):
                 writer.writerow([given, i + 1, *(f"{float(found[name][i]):.6g}" for name in found)])

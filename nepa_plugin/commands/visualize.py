@@ -21,9 +21,8 @@ from torch import Tensor
 
 from nepa_plugin.analysis.attention import (
     AttentionStatistics,
-    attention_probabilities,
-    attention_statistics,
     check_layers,
+    mean_statistics,
     uniform_statistics,
 )
 from nepa_plugin.analysis.components import similarity_by_region
@@ -44,7 +43,7 @@ from nepa_plugin.commands.boundary import errors_in_one_line
 from nepa_plugin.commands.naming import command_parser
 from nepa_plugin.commands.predictors import load_predictor
 from nepa_plugin.data import evaluation_loaders
-from nepa_plugin.data.evaluation import ImageFormat
+from nepa_plugin.data.evaluation import ImageFormat, spread
 from nepa_plugin.data.files import MAX_PIXELS, check_files, pixel_limit
 from nepa_plugin.evaluation.prediction import image_files
 from nepa_plugin.order import patch_order
@@ -113,8 +112,7 @@ def _images(model: NepaViT, given: argparse.Namespace) -> tuple[list[str], Tenso
     """Return the names and tensors (B, 3, H, W) of the images to show, and (name, surprise, of copying) of all."""
     if given.data:
         dataset: Any = evaluation_loaders(given.data, model, 1)[1].dataset
-        chosen = range(0, len(dataset), max(1, len(dataset) // given.images))[: given.images]
-        parts = [dataset[i] for i in chosen]
+        parts = [dataset[i] for i in spread(len(dataset), given.images)]
         names, images = [str(part[2]) for part in parts], torch.stack([part[0] for part in parts])
         ranked = list(_scores(model, names, images))
     else:
@@ -164,7 +162,7 @@ def _write(
     """Write the folder, and say what is in it."""
     regions = _regions(model, given.labels, names, images) if given.labels is not None else None
     looks = look(model, images, names, layers)
-    statistics = _statistics(model, images)
+    statistics = mean_statistics(model, images)
     grid, prefix = looks[0].grid, model.num_prefix_tokens
     uniform = uniform_statistics(grid, prefix, patch_order(model.order, *grid) if model.is_causal else None)
     out = given.out
@@ -205,22 +203,6 @@ def _write(
     for name, score, copied in ranked[:3] if model.predicts else []:
         print(f"{name}: surprise {score:.3f}, of copying the patch before {copied:.3f}")
     print(f"Wrote {out / 'index.html'} and the pictures and tables beside it.")
-
-
-def _statistics(model: NepaViT, images: Tensor) -> dict[int, AttentionStatistics]:
-    """Return the statistics of every layer, averaged over the images, one image and layer at a time."""
-    grid, prefix = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1])), model.num_prefix_tokens
-    found = {}
-    for layer in range(1, len(model.blocks) + 1):
-        each = [
-            attention_statistics(attention_probabilities(model, images[i : i + 1], [layer])[layer], grid, prefix)
-            for i in range(len(images))
-        ]
-        means = {
-            one.name: torch.stack([getattr(part, one.name) for part in each]).mean(dim=0) for one in fields(each[0])
-        }
-        found[layer] = AttentionStatistics(**means)
-    return found
 
 
 def _regions(model: NepaViT, folder: Path, names: Sequence[str], images: Tensor) -> list[tuple[str, float, float]]:

@@ -65,6 +65,11 @@ def evaluation_images(source: str | Path, max_pixels: int = MAX_PIXELS) -> tuple
     return train, val
 
 
+def spread(length: int, number: int) -> range:
+    """Return so many indices of a dataset, or all, evenly from its first on: over its classes, which stand in order."""
+    return range(0, length, max(1, length // number))[:number]
+
+
 def image_size(model: Any) -> tuple[int, int]:
     """Return the (height, width) in pixels of the images that a timm model takes."""
     size = getattr(model.patch_embed, "img_size", None) or model.pretrained_cfg["input_size"][-2:]

@@ -252,8 +252,7 @@ class ImageData(LightningDataModule):
             self.check_images()
         trainer = self.trainer
         if self.native and trainer:
-            method: Any = trainer.lightning_module
-            self._patch_size = method.backbone.patch_embed.patch_size
+            self.check_method(trainer.lightning_module)
         self.check_batch(*((trainer.world_size, trainer.accumulate_grad_batches) if trainer else (1, 1)))
 
     def _workers(self) -> int:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -103,11 +102,11 @@ def training_cost(
             pixels: _cost(method, batch_size, method.train_transform(size))  # type: ignore[call-arg]
             for pixels, size in shapes.items()
         }
-        all_of_them = [costs[height * width] for (height, width), count in sizes.items() for _ in range(count)]
+        parts = [(costs[height * width], count / sum(sizes.values())) for (height, width), count in sizes.items()]
         return replace(
-            all_of_them[0],
-            encoder_tokens=fmean(cost.encoder_tokens for cost in all_of_them),
-            gflops=fmean(cost.gflops for cost in all_of_them),
+            parts[0][0],
+            encoder_tokens=sum(cost.encoder_tokens * part for cost, part in parts),
+            gflops=sum(cost.gflops * part for cost, part in parts),
         )
     return _cost(method, batch_size, method.train_transform())
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from nepa_plugin.data.evaluation import spread
 from nepa_plugin.data.files import IMAGE_ERRORS
 from nepa_plugin.data.module import ImageData
 from nepa_plugin.training.configs import read_config
@@ -225,8 +226,7 @@ def look_at(config: Any, wanted: list[str], devices: int) -> Facts:
         images = int(images * limit)
     side = None
     if "model.crop_scale" in wanted and data.train_shards is None and data.sequences is None:
-        shown = range(0, stored, max(1, stored // LOOKED_AT))
-        sides = [side for i in shown if (side := _side(data.train_images, i)) is not None]
+        sides = [side for i in spread(stored, LOOKED_AT) if (side := _side(data.train_images, i)) is not None]
         side = median(sides) if sides else None
     epochs = None if "trainer.max_epochs" in wanted else config.trainer.max_epochs
     return Facts(images, batch, config.model.init_args.img_size, side, epochs, config.trainer.max_steps)

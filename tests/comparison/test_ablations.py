@@ -10,7 +10,8 @@ from nepa_plugin.analysis.attention import attention_probabilities, attention_st
 from nepa_plugin.commands.compare import main
 from nepa_plugin.comparison import Comparison, compare
 from nepa_plugin.comparison.report import write_report
-from nepa_plugin.comparison.report.ablations import PUBLISHED, ablation_table, attention_table
+from nepa_plugin.comparison.report.ablations import PUBLISHED, ablation_table
+from nepa_plugin.comparison.report.attention import attention_table
 from nepa_plugin.data import evaluation_loaders
 from nepa_plugin.evaluation import EvaluationOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions

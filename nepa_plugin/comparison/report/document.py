@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nepa_plugin.comparison.plan import Run
-from nepa_plugin.comparison.report.ablations import ablation_table, attention_table, plot_ablations
+from nepa_plugin.comparison.report.ablations import ablation_table, plot_ablations
+from nepa_plugin.comparison.report.attention import attention_table
 from nepa_plugin.comparison.report.costs import cost_tables
 from nepa_plugin.comparison.report.exports import latex_table, write_csv
 from nepa_plugin.comparison.report.facts import failures, inequalities
@@ -47,12 +48,12 @@ def write_report(
         "probe": ("Online probe during training", plot_online_probe(runs)),
         "loss": ("Training loss", plot_losses(runs)),
     }
-    ablations = plot_ablations(runs)
-    if ablations is not None:
-        figures["ablations"] = ("NEPA's rows in training: curves", ablations)
+    last = {}
+    if (ablations := plot_ablations(runs)) is not None:
+        last["ablations"] = ("NEPA's rows in training: curves", ablations)
     pictures: dict[str, bytes] = {}
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    for name, (_, figure) in (first | figures).items():
+    for name, (_, figure) in (first | figures | last).items():
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
         pictures[name] = buffer.getvalue()
@@ -61,8 +62,8 @@ def write_report(
     parts: list[Table | tuple[str, str]] = [accuracy] if accuracy.rows else []
     parts += [(name, caption) for name, (caption, _) in figures.items()]
     parts[2:2] = [*cost_tables(runs), *others]
-    seen = [table for table in (ablation_table(runs), attention_table(runs)) if table.rows]
-    parts[len(parts) - bool(ablations) : len(parts) - bool(ablations)] = seen
+    parts += [table for table in (attention_table(runs), ablation_table(runs)) if table.rows]
+    parts += [(name, caption) for name, (caption, _) in last.items()]
     if (published := published_table(runs)).rows:
         parts.append(published)
     equal, different = inequalities(runs)
