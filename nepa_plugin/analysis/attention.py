@@ -19,6 +19,13 @@ def check_layers(model: Any, layers: Sequence[int]) -> None:
         raise ValueError(f"Layers {odd} are not in 1..{depth}.")
 
 
+def check_heads(model: Any, heads: Sequence[int]) -> None:
+    """Raise ``ValueError`` if a model's attention has not all of these heads, counted from 1."""
+    number = model.blocks[0].attn.num_heads
+    if odd := [head for head in heads if not 1 <= head <= number]:
+        raise ValueError(f"Heads {odd} are not in 1..{number}.")
+
+
 @contextmanager
 def _kept(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Fill a dictionary with the attention probabilities of layers whenever the model runs."""

@@ -68,17 +68,28 @@ def _find(one: Look, group: str, name: str) -> PatchMap:
     return next(each for each in one.maps if (each.group, each.name) == (group, name))
 
 
-def plot_attention(looks: Sequence[Look], layers: Sequence[int], query: int) -> Figure:
-    """Draw the attention of one patch, averaged over the heads: a row per image, a panel per layer, and the rollout.
+def plot_attention(looks: Sequence[Look], layers: Sequence[int], query: int, heads: Sequence[int] = ()) -> Figure:
+    """Draw the attention of one patch: a row per image, a panel per layer, and the rollout.
 
     Each panel has its own scale, its largest value in the title and dashed in the picture.
+
+    Args:
+        looks: At the images.
+        layers: Whose attention is drawn.
+        query: The patch that attends, in raster order.
+        heads: From 1, with a panel each for every layer; by default their mean.
     """
-    figure, panels = _figure(len(looks), 2 + len(layers))
+    names = {f" head {head}": f"head {head}" for head in heads} or {"": "mean of heads"}
+    figure, panels = _figure(len(looks), 2 + len(layers) * len(names))
     for line, one in zip(panels, looks, strict=True):
         size = one.pixels.shape[1], one.pixels.shape[2]
         _plain(line[0], one.pixels)
         outline(line[0], query, one.grid, size, "lime", False)
-        shown = [(f"layer {layer}", _find(one, f"attention, layer {layer}", "mean of heads")) for layer in layers]
+        shown = [
+            (f"layer {layer}{title}", _find(one, f"attention, layer {layer}", name))
+            for layer in layers
+            for title, name in names.items()
+        ]
         shown.append((f"rollout, {layers[-1]}", _find(one, f"attention, layer {layers[-1]}", "rollout")))
         for axes, (title, each) in zip(line[1:], shown, strict=True):
             values = each.values[query].unflatten(0, one.grid)

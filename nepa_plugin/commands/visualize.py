@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nepa_plugin.analysis.attention import (
     AttentionStatistics,
+    check_heads,
     check_layers,
     mean_statistics,
     uniform_statistics,
@@ -75,6 +76,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, nargs="+", help="patch indices in raster order")
     parser.add_argument("--layers", type=int, nargs="+", help="layers whose attention is shown; by default the first, "
                         "the middle and the last")  # fmt: skip
+    parser.add_argument("--heads", type=int, nargs="+", help="heads that attention.png shows, in place of their mean; "
+                        "index.html has all of them")  # fmt: skip
     parser.add_argument("--labels", type=Path, help="folder of label maps, named as the images are, .png")
     parser.add_argument("--out", type=Path, default=Path("similarity.png"), help="folder, or a picture's name")
     given = parser.parse_args(args)
@@ -97,6 +100,7 @@ def main(args: list[str] | None = None) -> None:
         depth = len(model.blocks)
         layers = given.layers or sorted({1, (depth + 1) // 2, depth})
         check_layers(model, layers)
+        check_heads(model, given.heads or [])
         names, images, ranked = _images(model, given)
         if alone:
             maps = similarity_maps(model, images, queries)
@@ -169,7 +173,7 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     cfg: Any = model.pretrained_cfg
     figures = {
-        "attention": plot_attention(looks, layers, queries[len(queries) // 2]),
+        "attention": plot_attention(looks, layers, queries[len(queries) // 2], given.heads or []),
         "components": plot_components(looks),
         "statistics": plot_statistics(statistics, uniform),
     }

@@ -17,6 +17,7 @@ from sklearn.datasets import load_sample_images
 
 import nepa_plugin
 from nepa_plugin.analysis.components import principal_colours, similarity_by_region
+from nepa_plugin.analysis.figures import plot_attention
 from nepa_plugin.analysis.generation import roll_forward
 from nepa_plugin.analysis.look import look
 from nepa_plugin.analysis.page import write_page
@@ -198,6 +199,17 @@ def test_the_command_writes_a_folder(backbone, photos, tmp_path, capsys):
     assert "cosine of patches of one region" in printed
 
 
+def test_the_attention_picture_shows_the_heads_asked_for():
+    looks = look(build(), torch.randn(1, 3, 32, 32), ["a"], [1, 3])
+    (*means, _), (*heads, _) = (plot_attention(looks, [1, 3], 5, shown).axes[1:] for shown in ((), (2,)))
+    for kind, panels in (("mean of heads", means), ("head 2", heads)):
+        for layer, panel in zip((1, 3), panels, strict=True):
+            (own,) = (each for each in looks[0].maps if (each.group, each.name) == (f"attention, layer {layer}", kind))
+            drawn = torch.as_tensor(panel.images[-1].get_array().filled())
+            torch.testing.assert_close(drawn.flatten(), own.values[5], check_dtype=False)
+    assert [panel.get_title().split(":")[0] for panel in heads] == ["layer 1 head 2", "layer 3 head 2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -205,6 +217,7 @@ def test_the_command_writes_a_folder(backbone, photos, tmp_path, capsys):
         ((), "Give either images or --data."),
         (("{photos}/gone.png",), "No image at"),
         (("{photos}", "--layers", "0"), "Layers [0] are not in 1..3."),
+        (("{photos}", "--heads", "1", "3"), "Heads [3] are not in 1..2."),
         (("{photos}", "--queries", "16"), "Query patches [16] are not in 0..15."),
         (("{photos}", "--labels", "{photos}/none"), "give a folder, and a folder as --out."),
         (("{photos}", "--labels", "{backbone}"), "--labels: there is no "),
