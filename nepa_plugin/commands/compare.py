@@ -85,7 +85,9 @@ def main(args: list[str] | None = None) -> None:
     looked = "look at the backbones' attention, too: distance, entropy and locality by layer"
     parser.add_argument("--attention", action="store_true", help=looked)
     parser.add_argument("--search_seed", type=int, default=0, help="of the trials' choices and trainings")
-    parser.add_argument("--jobs", type=int, default=1, help="runs trained at the same time, on the CPU or one GPU")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs trained and scored at the same time, on the CPU or one GPU"
+    )
     evaluation = Parser(add_help=False)
     add_options(evaluation)
     with errors_in_one_line():

@@ -88,7 +88,9 @@ class Comparison:
         seeds: Seeds that each config is trained with.
         overrides: Further arguments of ``tools/pretrain.py`` for every config.
         options: Of the evaluation.
-        jobs: Runs that are trained at the same time, each with its share of the CPU's cores.
+        jobs: Runs that are at work at the same time, each with its share of the CPU's cores. With one, a run is
+            evaluated in this process while the next trains; with several, each is trained, evaluated and segmented in
+            processes of its own.
         rows: By the name of a row, the options of its evaluation where they are not ``options``.
         floors: Add the backbones with fresh weights.
         segmentation: An mmsegmentation config that every backbone is segmented with, frozen and fine-tuned.
@@ -304,3 +306,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def folder_name(name: str) -> str:
     """Return a name, which may come from a run's files, as that of a single folder."""
     return re.sub(r"[/\\\x00-\x1f\x7f]", "_", name).lstrip(".")[:200] or "_"
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log that says something."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

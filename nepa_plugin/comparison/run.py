@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ from rich.console import Console
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.comparison.attention import look_at_attention
 from nepa_plugin.comparison.child import PARENT
+from nepa_plugin.comparison.evaluating import request_for
 from nepa_plugin.comparison.plan import (
     REQUEST,
     SUMMARY,
     UNTRAINED,
     Comparison,
+    ComparisonError,
     Run,
     folder_name,
+    last_line,
     load_logged,
     load_run,
     plan,
@@ -46,6 +49,8 @@ from nepa_plugin.runtime.reading import read_json
 
 #: The column of fine-tuning with causal attention.
 CAUSAL = "finetune_causal"
+#: What an evaluation prints and what became of it.
+LOG = "evaluation.log"
 #: Seconds that a training has for its last checkpoint when the comparison is ended.
 SECONDS_TO_END = 60
 
@@ -53,20 +58,28 @@ SECONDS_TO_END = 60
 Say = Callable[[str], None]
 
 
-class Trainings:
-    """The processes that train now, so that they can be ended."""
+class Processes:
+    """The processes that train, evaluate or segment now, so that they can be ended.
 
-    def __init__(self) -> None:
+    Args:
+        jobs: How many there may be at a time; each gets its share of the CPU's cores.
+    """
+
+    def __init__(self, jobs: int = 1) -> None:
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._ended = False
+        self._environment = os.environ | {PARENT: str(os.getpid())}
+        if jobs > 1:
+            self._environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
-    def run(self, command: list[str], **kwargs: Any) -> int:
-        """Start a process, wait for it and return its status; once all are ended, start none."""
+    def run(self, command: list[str], log: Path) -> int:
+        """Start a process that writes to a log, wait for it and return its status; once all are ended, start none."""
         with self._lock:
             if self._ended:
                 return 143
-            process = subprocess.Popen(command, **kwargs)
+            with log.open("a") as file:
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self._environment)
             self._running.add(process)
         status = process.wait()
         with self._lock:
@@ -113,50 +126,60 @@ def compare(what: Comparison, say: Say | None = None) -> list[Run]:
 def _compare(
     what: Comparison, planned: list[tuple[Run, Path | None]], segmentation: Path | None, say: Say
 ) -> list[Run]:
-    runs, places = [], [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
-    pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for the processes that train
-    processes = Trainings()
-    trainings = [
-        pool.submit(_train, run, what.arguments(config, run.seed), place, say, what.jobs, processes) if config else None
-        for (run, config), place in zip(planned, places, strict=True)
-    ]
+    places = [f"[{i + 1}/{len(planned)}] {run.name}, seed {run.seed}: " for i, (run, _) in enumerate(planned)]
+    pool = ThreadPoolExecutor(what.jobs)  # the threads only wait for processes
+    processes = Processes(what.jobs)
+    # one job is the next run's training while this process evaluates; several train and evaluate apart
+    apart = processes if what.jobs > 1 else None
+
+    def score(run: Run, place: str) -> None:
+        if run.error is None:
+            _evaluate(run, what, place, say, apart)
+        if run.error is None and segmentation is not None:
+            _segment(run, segmentation, place, say, processes)
+        if run.error is not None:
+            say(f"{place}FAILED: {run.error}")
+
+    def train(run: Run, config: Path | None, place: str) -> None:
+        if config is not None:
+            _train(run, what.arguments(config, run.seed), place, say, processes)
+        _load(run)
+        if apart is not None:
+            score(run, place)
+
     try:
+        trainings = [pool.submit(train, *each, place) for each, place in zip(planned, places, strict=True)]
         for (run, _), place, training in zip(planned, places, trainings, strict=True):
-            if training is not None:
-                training.result()
-            if run.error is None:
-                try:
-                    load_run(run)
-                except (ValueError, OSError) as error:
-                    run.error = in_words(error)
-            else:  # what it had logged until then is a result, too
-                with contextlib.suppress(ValueError, OSError):
-                    load_logged(run)
-            if run.error is None:
-                _evaluate(run, what, place, say)
-            if run.error is None and segmentation is not None:
-                _segment(run, segmentation, place, say, processes)
-            if run.error is not None:
-                say(f"{place}FAILED: {run.error}")
-            runs.append(run)
+            training.result()
+            if apart is None:
+                score(run, place)
+        runs = [run for run, _ in planned]
+        floors = _untrained(runs, what) if what.floors else []
+        names = [f"{run.name}, seed {run.seed}: " for run in floors]
+        if apart is None:
+            list(map(score, floors, names))
+        else:
+            list(pool.map(score, floors, names))
     finally:  # after Ctrl-C, what has not begun must not begin, and what has must end
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()
         pool.shutdown()
-    processes = Trainings()
+    return runs + floors
+
+
+def _load(run: Run) -> None:
+    """Read what a run says of itself; of one that failed, what it had logged until then is a result, too."""
+    if run.error is not None:
+        with contextlib.suppress(ValueError, OSError):
+            load_logged(run)
+        return
     try:
-        for run in _untrained(runs, what) if what.floors else []:
-            place = f"{run.name}, seed {run.seed}: "
-            _evaluate(run, what, place, say)
-            if run.error is None and segmentation is not None:
-                _segment(run, segmentation, place, say, processes)
-            runs.append(run)
-    finally:
-        processes.end()
-    return runs
+        load_run(run)
+    except (ValueError, OSError) as error:
+        run.error = in_words(error)
 
 
-def _segment(run: Run, config: Path, place: str, say: Say, processes: Trainings) -> None:
+def _segment(run: Run, config: Path, place: str, say: Say, processes: Processes) -> None:
     try:
         run.results |= segment(run, config, processes.run, lambda line: say(f"{place}{line}"))
     except (ValueError, OSError) as error:
@@ -165,7 +188,7 @@ def _segment(run: Run, config: Path, place: str, say: Say, processes: Trainings)
     say(place + "  ".join(f"{column} {run.results[column]['mIoU']:.1f}" for column in MODES))
 
 
-def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int, processes: "Trainings") -> None:
+def _train(run: Run, arguments: list[str], place: str, say: Say, processes: Processes) -> None:
     if (run.folder / SUMMARY).is_file():
         say(f"{place}trained already")
         return
@@ -176,29 +199,27 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, jobs: int, proc
     # A module and not -c, so that Lightning can start it again for each further device.
     command = [sys.executable, "-m", "nepa_plugin.comparison.child", *arguments]
     command += ["--run_dir", str(run.folder), "--ckpt_path", "auto"]
-    environment = os.environ | {PARENT: str(os.getpid())}
-    if jobs > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    with log.open("a") as file:
-        status = processes.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    status = processes.run(command, log)
     if status or not (run.folder / SUMMARY).is_file():
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        run.error = f"training ended with status {status}: {lines[-1] if lines else ''} (see {log})"
+        run.error = f"training ended with status {status}: {last_line(log)} (see {log})"
 
 
-def _evaluate(run: Run, what: Comparison, place: str, say: Say) -> None:
+def _evaluate(run: Run, what: Comparison, place: str, say: Say, processes: Processes | None = None) -> None:
+    """Evaluate a run as asked, in a process of its own where one can be started."""
     options = what.options_of(run.name)
     try:
-        done = _results(run, what, options, what.protocols, "evaluation", place, say)
+        done = _results(run, what, options, what.protocols, "evaluation", place, say, processes)
         if what.causal and "finetune" in what.protocols and _is_predictor(run):
             tuned = replace(options, finetune=replace(options.finetune, attention="causal"))
-            found = _results(run, what, tuned, ["finetune"], "evaluation-causal", f"{place}causal: ", say)
+            to = "evaluation-causal", f"{place}causal: ", say, processes
+            found = _results(run, what, tuned, ["finetune"], *to)
             done = done | {CAUSAL: found["finetune"]}
         if what.attention:
             run.attention = look_at_attention(run, what.data, options.crop_pct)
     except Exception as error:  # whatever it is, the other rows go on
-        (run.folder / "evaluation.log").write_text(traceback.format_exc())
-        run.error = f"evaluation: {error} (see {run.folder / 'evaluation.log'})"
+        with (run.folder / LOG).open("a") as log:
+            traceback.print_exc(file=log)
+        run.error = f"evaluation: {error} (see {run.folder / LOG})"
         return
     run.results = {name: done[name] for name in [*what.protocols, CAUSAL] if name in done}
     scores = [f"{name} {result['top1']:.1f}" for name, result in run.results.items() if "top1" in result]
@@ -218,16 +239,23 @@ def _results(
     folder: str,
     place: str,
     say: Say,
+    processes: Processes | None,
 ) -> dict[str, Any]:
     """Return the results of protocols, of which those that there are not yet are made, in a folder of the run."""
-    out, asked = run.folder / folder, json.loads(json.dumps({"data": what.data, **asdict(options)}))
+    out, asked = run.folder / folder, json.loads(json.dumps(request_for(what.data, options)))
     done = _done(out, out / REQUEST, asked, what)
     missing = [name for name in protocols if name not in done]
     if not missing:
         return done
     say(f"{place}evaluating {', '.join(missing)}")
     write_json(out / REQUEST, asked)
-    return done | evaluate(run.folder / "backbone", what.data, missing, options, out)["protocols"]
+    if processes is None:
+        return done | evaluate(run.folder / "backbone", what.data, missing, options, out)["protocols"]
+    command = [sys.executable, "-m", "nepa_plugin.comparison.evaluating", str(out), *missing]
+    if status := processes.run(command, run.folder / LOG):
+        said = last_line(run.folder / LOG)
+        raise ComparisonError(said if status == 1 else f"ended with status {status}: {said}")
+    return _done(out, out / REQUEST, asked, what)
 
 
 def _done(out: Path, record: Path, asked: dict[str, Any], what: Comparison) -> dict[str, Any]:

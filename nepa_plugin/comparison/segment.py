@@ -1,14 +1,13 @@
 """Segmentation transfer of the rows of a comparison: mmsegmentation in a process of its own, frozen and fine-tuned."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nepa_plugin.comparison.plan import ComparisonError, Run
+from nepa_plugin.comparison.plan import ComparisonError, Run, last_line
 from nepa_plugin.runtime.files import file_hash
 from nepa_plugin.runtime.reading import read_json
 from nepa_plugin.runtime.shipped import ShippedConfigError, find
@@ -44,13 +43,15 @@ def check_segmentation(config: str) -> Path:
     return path
 
 
-def segment(run: Run, config: Path, start: Callable[..., int], say: Callable[[str], None]) -> dict[str, Any]:
+def segment(
+    run: Run, config: Path, start: Callable[[list[str], Path], int], say: Callable[[str], None]
+) -> dict[str, Any]:
     """Segment with a row's backbone, frozen and fine-tuned, and return what both reached by column.
 
     Args:
         run: The row.
         config: The config.
-        start: Starts a process, waits for it and returns its status.
+        start: Starts a process that writes to a log, waits for it and returns its status.
         say: Called with a line of progress.
 
     Returns:
@@ -68,13 +69,9 @@ def segment(run: Run, config: Path, start: Callable[..., int], say: Callable[[st
             log = folder.with_suffix(".log")
             command = [*_MODULE, str(config), "--backbone", str(run.folder / "backbone"), *arguments]
             command += ["--work-dir", str(folder), "--seed", str(run.seed)]
-            with log.open("a") as file:
-                status = start(command, stdout=file, stderr=subprocess.STDOUT, env=dict(os.environ))
+            status = start(command, log)
             if status or not _is_done(folder, config):
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                raise ComparisonError(
-                    f"segmentation ended with status {status}: {lines[-1] if lines else ''} (see {log})"
-                )
+                raise ComparisonError(f"segmentation ended with status {status}: {last_line(log)} (see {log})")
         found[column] = read_json(folder / RESULT, {"mIoU": float}, f"Remove {folder}.")
     return found
 

@@ -14,8 +14,11 @@ from PIL import Image
 
 from nepa_plugin.comparison import Comparison, ComparisonError, compare
 from nepa_plugin.comparison import run as comparing
+from nepa_plugin.comparison.evaluating import read_request, request_for
 from nepa_plugin.data import digits_folder
 from nepa_plugin.evaluation import EvaluationOptions
+from nepa_plugin.evaluation.finetune import FinetuneOptions
+from nepa_plugin.evaluation.linear import LinearOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"
@@ -130,17 +133,17 @@ def test_every_row_is_segmented_and_one_that_fails_leaves_the_others(finished, m
         asked.append((run.name, config))
         if run.name == "simclr_digits":
             raise ComparisonError("segmentation ended with status 1: no memory (see a.log)")
-        return {"segmentation_frozen": {"mIoU": 20.0}, "segmentation": {"mIoU": 40.0 + len(asked)}}
+        return {"segmentation_frozen": {"mIoU": 20.0}, "segmentation": {"mIoU": 40.0 + len(run.name)}}
 
     monkeypatch.setattr(comparing, "check_segmentation", Path)
     monkeypatch.setattr(comparing, "segment", segment)
     lines = []
     runs = compare(replace(what, segmentation="scenes.py"), lines.append)
     rows = ["nepa_digits", "simclr_digits", "untrained NepaViT bidirectional", "untrained NepaViT causal"]
-    assert asked == [(name, Path("scenes.py")) for name in rows]
+    assert sorted(asked) == sorted((name, Path("scenes.py")) for name in rows)
     good = {run.name: run for run in runs if run.error is None}
     assert list(good) == [rows[0], *rows[2:]]
-    assert [run.results["segmentation"]["mIoU"] for run in good.values()] == [41.0, 43.0, 44.0]
+    assert all(run.results["segmentation"]["mIoU"] == 40.0 + len(name) for name, run in good.items())
     assert set(good["nepa_digits"].results) == {"knn", "linear", "readout", "segmentation", "segmentation_frozen"}
     assert any("simclr_digits, seed 0: FAILED: segmentation ended with status 1: no memory" in line for line in lines)
 
@@ -186,6 +189,43 @@ def test_the_command(finished, capsys, monkeypatch):
     markdown = (what.out / "report.md").read_text()
     assert re.search(rf"\| NEPA \| 1 \|.*\| (\*\*)?{knn:.1f}(\*\*)? \|", markdown)
     assert (what.out / "report.html").is_file() and (what.out / "results.csv").is_file()
+
+
+@pytest.mark.slow
+def test_several_jobs_score_as_one_does(finished):
+    """They evaluate in processes of their own."""
+    what, runs, _ = finished
+    folders = [what.out / name / "seed0" for name in ("nepa_digits", "simclr_digits")]
+    options = replace(what.options, cache=False)
+    rows = compare(replace(what, sources=folders, options=options, jobs=1), lambda line: None)
+    before = {run.name: run.results for run in runs if run.error is None}
+    assert [run.name for run in rows] == list(before)
+    for run in rows:
+        assert run.results["knn"]["top1"] == pytest.approx(before[run.name]["knn"]["top1"], abs=0.3)
+        assert run.results["knn"]["time"] != before[run.name]["knn"]["time"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_apart_says_why_and_the_others_go_on(finished, tmp_path):
+    what, *_ = finished
+    runs = shutil.copytree(what.out, tmp_path / "runs")
+    folders = [runs / name / "seed0" for name in ("nepa_digits", "simclr_digits")]
+    (folders[0] / "backbone" / "model.safetensors").write_bytes(b"no weights")
+    again = replace(what, sources=folders, out=tmp_path / "out", protocols=["linear"], floors=False)
+    options = replace(what.options, temperature=0.2)  # not what there is
+    failed, good = compare(replace(again, options=options), lambda line: None)
+    assert re.search(r"^evaluation: \S*runs/nepa_digits/seed0/backbone.*\(see .*evaluation.log\)", failed.error)
+    assert "Traceback" in (folders[0] / "evaluation.log").read_text()
+    assert good.error is None and good.results["linear"]["top1"] > 10
+
+
+def test_what_an_evaluation_is_asked_survives_its_file(tmp_path):
+    own = {"linear": LinearOptions(crop_scale=(0.2, 1.0)), "model_args": {"attention": "causal"}, "num_workers": 0}
+    options = EvaluationOptions(**own, finetune=FinetuneOptions(epochs=3, lr=4e-3, attention="causal"))
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps(request_for("digits", options)))
+    assert read_request(path) == ("digits", options)
+    assert read_request(path)[1] != EvaluationOptions()
 
 
 @pytest.mark.slow

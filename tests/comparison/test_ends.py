@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from nepa_plugin.comparison.child import PARENT, end_with_parent
-from nepa_plugin.comparison.run import Trainings
+from nepa_plugin.comparison.run import Processes
 
 SLEEP = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"]
 
@@ -34,14 +34,14 @@ def test_a_child_of_another_process_ends_at_once(monkeypatch):
     end_with_parent()  # not started by a comparison
 
 
-def test_ending_ends_what_runs_and_starts_nothing_more():
-    processes, statuses = Trainings(), []
-    thread = threading.Thread(target=lambda: statuses.append(processes.run(SLEEP, stdout=subprocess.DEVNULL)))
+def test_ending_ends_what_runs_and_starts_nothing_more(tmp_path):
+    processes, statuses, log = Processes(), [], tmp_path / "log"
+    thread = threading.Thread(target=lambda: statuses.append(processes.run(SLEEP, log)))
     thread.start()
     wait_for(lambda: processes._running)
     processes.end()
     thread.join(30)
-    assert statuses == [-signal.SIGTERM] and processes.run(SLEEP) == 143
+    assert statuses == [-signal.SIGTERM] and processes.run(SLEEP, log) == 143
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")

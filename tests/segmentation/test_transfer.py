@@ -13,7 +13,7 @@ from tiny import CONFIGS
 import nepa_plugin
 from nepa_plugin.comparison import ComparisonError, Run
 from nepa_plugin.comparison.report import accuracy_table
-from nepa_plugin.comparison.run import Trainings
+from nepa_plugin.comparison.run import Processes
 from nepa_plugin.comparison.segment import MODES, check_segmentation, segment
 from nepa_plugin.segmentation.transfer import CHANNELS, four_depths, transfer_config
 
@@ -58,7 +58,7 @@ def test_a_row_is_segmented_frozen_and_fine_tuned_once(scenes, tmp_path):
     source = backbone(tmp_path, "plain_vit_tiny_patch14_224")
     config = config_file(tmp_path, scenes)
     run, lines = Run("a", 3, tmp_path), []
-    run.results |= segment(run, config, Trainings().run, lines.append)
+    run.results |= segment(run, config, Processes().run, lines.append)
     assert set(run.results) == set(MODES) and lines == ["segmenting, frozen", "segmenting, fine-tuned"]
     before = nepa_plugin.load_backbone(source).state_dict()
     for mode, column in (("frozen", "segmentation_frozen"), ("tuned", "segmentation")):
