@@ -1,13 +1,19 @@
-"""The script for the first GPU, at toy size, whose failures leave the other parts; and the one of two hosts."""
+"""The script for the first GPU, at toy size, whose failures leave the other parts; two hosts; what was only tried."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+from nepa_plugin.methods import NEPA
+from nepa_plugin.training.configs import read_config
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -91,3 +97,55 @@ def test_two_hosts_say_what_they_need(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, PATH=str(tmp_path)))
     assert done.returncode == 77 and not (tmp_path / "out").exists()
     assert done.stdout.startswith("Skipped: two hosts on one machine need ") and "iproute2" in done.stdout
+
+
+# -- what was tried and stayed out -------------------------------------------------------------------------------------
+
+TRIED = Path(__file__).parents[1] / "benchmarks" / "tried"
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    monkeypatch.syspath_prepend(str(TRIED))
+    sizes = {"backbone": "nepa_vit_tiny_patch14_224", "img_size": 32, "patch_size": 8, "num_classes": 0}
+    sizes["backbone_args"] = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+
+    def build(**options):
+        torch.manual_seed(0)
+        return importlib.import_module("tried").Tried(**sizes, **options)
+
+    return build
+
+
+def test_nothing_more_is_nepa(tried):
+    model, images = tried(), torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(model.step([images])[0], NEPA.step(model, [images])[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted((TRIED / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_part_that_was_tried_has_a_gradient(tried, path):
+    options = read_config(path)["model"]["init_args"]
+    own = {
+        name: options[name] for name in signature(importlib.import_module("tried").Tried).parameters if name in options
+    }
+    kept = {name: options[name] for name in ("predictor_head", "stop_gradient") if name in options}
+    model, images = tried(**own, **kept), torch.randn(4, 3, 32, 32)
+    loss, _ = model.step([images])
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() for name, p in model.named_parameters() if "probe" not in name
+    )
+    plain = {"embedding_lr", "embedding_warmup"}  # of the optimizer, not of the loss
+    same = torch.allclose(loss, tried(**kept).step([images])[0], rtol=0, atol=1e-6)
+    assert same == (set(own) <= plain)
+
+
+def test_contrast_in_the_batch_is_a_choice_among_all_of_its_patches(tried):
+    loss = tried(batch_contrast=True).criterion
+    z, p = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    targets = z[:, 1:].flatten(0, 1)
+    terms = [
+        torch.stack([F.cosine_similarity(one, other, dim=0) / 0.1 for other in targets]).log_softmax(0)[i]
+        for i, one in enumerate(p[:, :-1].flatten(0, 1))
+    ]
+    assert loss(z, p).item() == pytest.approx(-torch.stack(terms).mean().item(), abs=1e-5)

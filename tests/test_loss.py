@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import TOY
+from lightly.loss import NTXentLoss
 from torch.nn import functional as F
 
 import nepa_plugin
@@ -119,6 +120,19 @@ def test_contrast_is_the_cross_entropy_among_the_patches_of_the_image(ahead):
             terms.append(F.cross_entropy(scores[None], torch.tensor([t])))
     value = ContrastiveNextEmbeddingLoss(temperature=0.2)(z, p, ahead=ahead)
     assert value.item() == pytest.approx(torch.stack(terms).mean().item(), abs=1e-5)
+
+
+def test_contrast_is_lightlys_with_the_other_patches_in_its_memory():
+    z, p = torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    terms = []
+    for b in range(2):
+        for t in range(5):
+            theirs = NTXentLoss(temperature=0.2, memory_bank_size=(4, 8))
+            theirs.memory_bank.bank = F.normalize(torch.cat([z[b, 1 : t + 1], z[b, t + 2 :]]), dim=1)
+            terms.append(theirs(p[b, t][None], z[b, t + 1][None]))
+    assert ContrastiveNextEmbeddingLoss(temperature=0.2)(z, p).item() == pytest.approx(
+        torch.stack(terms).mean().item(), abs=1e-5
+    )
 
 
 def test_contrast_is_not_met_by_what_all_patches_share():
