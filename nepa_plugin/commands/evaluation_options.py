@@ -21,7 +21,7 @@ _WITHOUT_EFFECT = {
     "model": set[str](),
 }
 _NAMES = {"global_batch_size": "finetune.batch_size", "trainer.max_epochs": "finetune.epochs"}
-_NAMES |= {"data.crop_pct": "crop_pct", "data.crop_mode": "crop_mode"}
+_NAMES |= {"data.crop_pct": "crop_pct", "data.crop_mode": "crop_mode", "trainer.precision": "precision"}
 _NAMES |= {f"model.{field.name}": f"finetune.{field.name}" for field in fields(Recipe)}
 
 

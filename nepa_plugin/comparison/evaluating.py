@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from nepa_plugin.comparison.child import end_with_parent
 from nepa_plugin.comparison.plan import REQUEST
 from nepa_plugin.evaluation import EvaluationOptions, evaluate
 from nepa_plugin.runtime.boundary import in_words
-from nepa_plugin.runtime.reading import read_json
+from nepa_plugin.runtime.reading import FileContentError, read_json
 
 
 def request_for(data: str, options: EvaluationOptions) -> dict[str, Any]:
@@ -26,12 +26,20 @@ def request_for(data: str, options: EvaluationOptions) -> dict[str, Any]:
 
 
 def read_request(path: Path) -> tuple[str, EvaluationOptions]:
-    """Return the images and options of a file of :func:`request_for`."""
-    asked = read_json(path, {"data": str}, f"Remove {path.parent}.")
+    """Return the images and options of a file of :func:`request_for`; options that it does not name have their default.
+
+    Raises:
+        FileContentError: If the file is damaged, or names an option that there is not.
+    """
+    remedy = f"Remove {path.parent}."
+    asked = read_json(path, {"data": str}, remedy)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--options", type=EvaluationOptions)
     options = {key: value for key, value in asked.items() if key != "data"}
-    found: EvaluationOptions = parser.instantiate_classes(parser.parse_object({"options": options})).options
+    try:
+        found: EvaluationOptions = parser.instantiate_classes(parser.parse_object({"options": options})).options
+    except (ArgumentError, ValueError) as error:
+        raise FileContentError(f"{path} is damaged: {' '.join(str(error).split())} {remedy}") from error
     return asked["data"], found
 
 

@@ -5,7 +5,6 @@ evaluation in ``evaluation/``; ``OUT/untrained/...`` are the same backbones with
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from rich.console import Console
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.comparison.attention import look_at_attention
 from nepa_plugin.comparison.child import PARENT
-from nepa_plugin.comparison.evaluating import request_for
+from nepa_plugin.comparison.evaluating import read_request, request_for
 from nepa_plugin.comparison.plan import (
     REQUEST,
     SUMMARY,
@@ -242,31 +241,31 @@ def _results(
     processes: Processes | None,
 ) -> dict[str, Any]:
     """Return the results of protocols, of which those that there are not yet are made, in a folder of the run."""
-    out, asked = run.folder / folder, json.loads(json.dumps(request_for(what.data, options)))
-    done = _done(out, out / REQUEST, asked, what)
+    out = run.folder / folder
+    done = _done(out, options, what)
     missing = [name for name in protocols if name not in done]
     if not missing:
         return done
     say(f"{place}evaluating {', '.join(missing)}")
-    write_json(out / REQUEST, asked)
+    write_json(out / REQUEST, request_for(what.data, options))
     if processes is None:
         return done | evaluate(run.folder / "backbone", what.data, missing, options, out)["protocols"]
     command = [sys.executable, "-m", "nepa_plugin.comparison.evaluating", str(out), *missing]
     if status := processes.run(command, run.folder / LOG):
         said = last_line(run.folder / LOG)
         raise ComparisonError(said if status == 1 else f"ended with status {status}: {said}")
-    return _done(out, out / REQUEST, asked, what)
+    return _done(out, options, what)
 
 
-def _done(out: Path, record: Path, asked: dict[str, Any], what: Comparison) -> dict[str, Any]:
-    """Return the results that there are of what is asked, on the images that there are now; put others aside."""
+def _done(out: Path, options: EvaluationOptions, what: Comparison) -> dict[str, Any]:
+    """Return the results that there are by these options, on the images that there are now; put others aside."""
     results = read_results(out)
     if results is None:
         return {}
     train, val = evaluation_images(what.data, what.options.max_image_pixels)
     now = {"train": content_fingerprint(train), "val": content_fingerprint(val)}
     same_images = results["data"].get("images_sha256", now) == now
-    if same_images and record.is_file() and read_json(record, {}, f"Remove {out}.") == asked:
+    if same_images and (out / REQUEST).is_file() and read_request(out / REQUEST) == (what.data, options):
         return dict(results["protocols"])
     if not same_images:
         put_aside(out)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -126,9 +126,19 @@ def token_states(model: Any, depths: Sequence[str]) -> Iterator[dict[str, Tensor
             hook.remove()
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Return bf16 autocast on CUDA, and float32 elsewhere."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+#: What is computed with: ``auto`` is bf16 autocast on CUDA, and float32 elsewhere.
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
+def resolve_precision(precision: Precision, device_type: str) -> Precision:
+    """Return what is computed with on a device, as Lightning names it."""
+    return precision if precision != "auto" else "bf16-mixed" if device_type == "cuda" else "32-true"
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> torch.autocast:
+    """Return bf16 autocast, or what leaves float32 as it is."""
+    chosen = resolve_precision(precision, device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=chosen == "bf16-mixed")
 
 
 class FrozenFeatures(nn.Module):
@@ -163,16 +173,18 @@ def extract_depth_features(
     device: str | torch.device = "cpu",
     wanted: Sequence[tuple[str, str]] | None = None,
     count: int | None = None,
+    precision: Precision = "auto",
 ) -> DepthFeatures:
     """Run images through a frozen transformer and pool the tokens at every depth.
 
     Args:
         model: A timm ViT with ``blocks``, ``norm`` and ``num_prefix_tokens``. Its weights are not changed.
         batches: Yields (images (B, C, H, W), labels (B,), filenames).
-        device: Where to run; bf16 autocast on CUDA.
+        device: Where to run.
         wanted: (depth, pooling) pairs, ``"tokens"`` as the pooling for all tokens; every depth and pooling by default.
         count: Number of images. Where it is given, their features take their place in memory once; otherwise one
             tensor needs twice its size while it is put together.
+        precision: What is computed with.
 
     Returns:
         The features of all images, in the order in which they came.
@@ -189,7 +201,7 @@ def extract_depth_features(
     with frozen(model), token_states(model, list(dict.fromkeys(depth for depth, _ in wanted))) as states:
         model.to(device)
         for images, targets, *_ in batches:
-            with autocast(device):
+            with autocast(device, precision):
                 model.forward_features(images.to(device, non_blocking=True))  # type: ignore[operator]
             pooled = pool_states(model, states, [pair for pair in wanted if pair[1] != "tokens"])
             if pooled:  # one copy to the CPU for all of them

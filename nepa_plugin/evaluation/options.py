@@ -7,6 +7,7 @@ from nepa_plugin.checkpoints import Weights
 from nepa_plugin.data.files import MAX_PIXELS
 from nepa_plugin.data.transforms import CropMode
 from nepa_plugin.evaluation.attentive import AttentiveOptions
+from nepa_plugin.evaluation.features import Precision
 from nepa_plugin.evaluation.finetune import FinetuneOptions
 from nepa_plugin.evaluation.knn import Temperature
 from nepa_plugin.evaluation.linear import LinearOptions
@@ -39,6 +40,7 @@ class EvaluationOptions:
         num_workers: Loader processes per device; by default the cores, at most 16, and none up to two cores.
         accelerator: ``auto``, ``cuda`` or ``cpu``.
         devices: Number of devices, a list of GPU indices, or ``auto``.
+        precision: ``bf16-mixed`` (autocast), ``32-true``, or ``auto``: bf16 on CUDA, float32 elsewhere.
         seed: Of everything random.
         cache: Keep features on disk, and use what is there.
         progress: Show progress bars.
@@ -63,6 +65,7 @@ class EvaluationOptions:
     num_workers: NonNegativeInt | None = None
     accelerator: str = "auto"
     devices: int | str = 1
+    precision: Precision = "auto"
     seed: Seed = 0
     cache: bool = True
     progress: bool = False

@@ -18,6 +18,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities.seed import isolate_rng
 
+from nepa_plugin.evaluation.features import Precision, resolve_precision
 from nepa_plugin.runtime.devices import DeviceError, Devices, check_launch, resolve_devices
 from nepa_plugin.runtime.provenance import provenance
 
@@ -33,6 +34,7 @@ class Runtime:
         rank: This process.
         world_size: Number of processes.
         progress: Whether to show progress bars.
+        asked_precision: What is to be computed with.
     """
 
     accelerator: str
@@ -41,11 +43,12 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     progress: bool = False
+    asked_precision: Precision = "auto"
 
     @property
-    def precision(self) -> Any:
-        """bf16 autocast on CUDA, float32 elsewhere."""
-        return "bf16-mixed" if self.accelerator == "cuda" else "32-true"
+    def precision(self) -> Precision:
+        """What is computed with: ``bf16-mixed`` or ``32-true``."""
+        return resolve_precision(self.asked_precision, self.accelerator)
 
     def trainer(self, epochs: int, callbacks: list[Callback] | None = None, **kwargs: Any) -> Trainer:
         """Return a trainer that validates after the last epoch and writes nothing."""
@@ -80,7 +83,9 @@ class Runtime:
         return values[0]
 
 
-def launch(accelerator: str = "auto", devices: Any = 1, progress: bool = False) -> Runtime:
+def launch(
+    accelerator: str = "auto", devices: Any = 1, progress: bool = False, precision: Precision = "auto"
+) -> Runtime:
     """Start one process per device, and say which one this is.
 
     With more than one device, Lightning's Fabric starts the other processes by running this process's command again;
@@ -90,6 +95,7 @@ def launch(accelerator: str = "auto", devices: Any = 1, progress: bool = False) 
         accelerator: ``"auto"``, ``"cuda"`` or ``"cpu"``.
         devices: A number, a list of GPU indices, or ``"auto"``.
         progress: Whether process zero shows progress bars.
+        precision: What is computed with.
 
     Returns:
         The runtime of this process.
@@ -101,7 +107,7 @@ def launch(accelerator: str = "auto", devices: Any = 1, progress: bool = False) 
     if resolved.count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         index = resolved.devices[0] if isinstance(resolved.devices, list) else 0
         device = torch.device("cuda", index) if resolved.accelerator == "cuda" else torch.device(resolved.accelerator)
-        return Runtime(resolved.accelerator, resolved.devices, device, progress=progress)
+        return Runtime(resolved.accelerator, resolved.devices, device, progress=progress, asked_precision=precision)
     check_launch(resolved.count)
     fabric = Fabric(accelerator=resolved.accelerator, devices=resolved.devices, strategy="ddp")
     fabric.launch()
@@ -112,6 +118,7 @@ def launch(accelerator: str = "auto", devices: Any = 1, progress: bool = False) 
         fabric.global_rank,
         fabric.world_size,
         progress and fabric.is_global_zero,
+        precision,
     )
 
 

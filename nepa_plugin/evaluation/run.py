@@ -81,7 +81,7 @@ def evaluate(
     if out is not None:
         check_folder(out)
         read_results(out)
-    runtime = launch(options.accelerator, options.devices, options.progress)
+    runtime = launch(options.accelerator, options.devices, options.progress, options.precision)
     model = open_backbone(source, options.model_args, options.untrained, options.seed, options.weights)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
     return _Evaluation(model, name, images, runtime, options).run(protocols, out)
@@ -344,7 +344,8 @@ class _Evaluation:
             if self.runtime.progress:
                 loader = track(loader, f"features of {split}")
             share = len(range(self.runtime.rank, len(images), self.runtime.world_size))
-            local = extract_depth_features(model, loader, self.runtime.device, missing, share)
+            device, precision = self.runtime.device, self.runtime.precision
+            local = extract_depth_features(model, loader, device, missing, share, precision)
             whole = gather_features(local, len(images), self.runtime.device)
             if whole is None:
                 return None

@@ -106,9 +106,8 @@ def _knn(
     }
     pairs = [pair for pair in _pairs(model) if pair[1] != "concat"]
     count, device = len(images.val), runtime.device
-    share = extract_depth_features(
-        model, loader["val"], device, pairs, len(range(runtime.rank, count, runtime.world_size))
-    )
+    own = len(range(runtime.rank, count, runtime.world_size))
+    share = extract_depth_features(model, loader["val"], device, pairs, own, runtime.precision)
     val = gather_features(share, count, device, everywhere=True)
     assert val is not None  # everywhere
     num_classes = check_labels(torch.tensor(images.train.dataset.targets), val.labels)
@@ -121,7 +120,7 @@ def _knn(
         batches = track(batches, "neighbours at every depth")
     with torch.no_grad(), frozen(model), token_states(model, depth_names(model)) as states:
         for batch, targets, *_ in batches:
-            with autocast(device):
+            with autocast(device, runtime.precision):
                 model.forward_features(batch.to(device, non_blocking=True))
             targets = targets.to(device, non_blocking=True)
             means: deque[Tensor] = deque(maxlen=options.concat)

@@ -39,12 +39,18 @@ def test_a_recipe_is_what_the_config_says_and_else_the_defaults(name):
 def test_what_is_typed_is_in_force_wherever_it_stands():
     for args in (("--finetune.lr=1e-4", "--recipe", "vit_digits"), ("--recipe=vit_digits", "--finetune.lr", "1e-4")):
         options = read(*args)
+        assert options.precision == "auto"
         assert options.finetune.lr == 1e-4 and options.finetune.mixup == 0.0 and options.finetune.batch_size == 64
 
 
+def test_a_recipes_precision_is_that_of_the_evaluation(tmp_path):
+    (tmp_path / "own.yaml").write_text("trainer: {precision: bf16-mixed}\n")
+    assert read("--recipe", str(tmp_path / "own.yaml")).precision == "bf16-mixed"
+
+
 def test_what_an_evaluation_cannot_do_is_refused(tmp_path):
-    (tmp_path / "own.yaml").write_text("trainer: {precision: 16-mixed}\nmodel: {lr: 1e-3, init_from: x}\n")
-    with pytest.raises(ConfigFileError, match=r"own.yaml: an evaluation cannot take model.init_from, trainer.p"):
+    (tmp_path / "own.yaml").write_text("trainer: {limit_train_batches: 3}\nmodel: {lr: 1e-3, init_from: x}\n")
+    with pytest.raises(ConfigFileError, match=r"own.yaml: an evaluation cannot take model.init_from, trainer.l"):
         recipe_options(str(tmp_path / "own.yaml"))
     with pytest.raises(ConfigFileError, match="The nearest: vit_digits"):
         recipe_options("vit_digit")

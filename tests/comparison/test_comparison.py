@@ -19,6 +19,7 @@ from nepa_plugin.data import digits_folder
 from nepa_plugin.evaluation import EvaluationOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
 from nepa_plugin.evaluation.linear import LinearOptions
+from nepa_plugin.runtime.reading import FileContentError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "lightly_configs"
@@ -226,6 +227,12 @@ def test_what_an_evaluation_is_asked_survives_its_file(tmp_path):
     path.write_text(json.dumps(request_for("digits", options)))
     assert read_request(path) == ("digits", options)
     assert read_request(path)[1] != EvaluationOptions()
+    path.write_text('{"data": "digits", "k": 5}')  # written before there were the other options
+    assert read_request(path) == ("digits", EvaluationOptions(k=5))
+    for text in ('{"data": "digits", "neighbours": 5}', '{"data": "digits", "k": "five"}', '{"k": 5}'):
+        path.write_text(text)
+        with pytest.raises(FileContentError, match=r"request.json is damaged: .* Remove"):
+            read_request(path)
 
 
 @pytest.mark.slow
