@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -129,6 +130,23 @@ class TimmViT(BaseModule):
         state = {k: v for k, v in pretrained.state_dict().items() if not k.startswith(("head.", "fc_norm."))}
         load_weights(self.vit, state, str(source))
         self._is_init = True
+
+    def check_built_as(self, config: dict[str, Any], source: str) -> None:
+        """Compare with what a segmentation checkpoint says of its backbone: not all of it shows in the weights' shapes.
+
+        A training takes such details from the pretrained backbone; where that is not, as when its result is tested
+        elsewhere, they have to be in the config.
+
+        Args:
+            config: timm's, as :func:`nepa_plugin.checkpoints.backbone_config` returns it.
+            source: What to call the checkpoint in the error.
+
+        Raises:
+            CheckpointError: If something differs; says what.
+        """
+        with torch.device("meta"):  # no memory, no time
+            other = _create(config["architecture"], {**config.get("model_args", {}), "num_classes": 0})
+        self._check_same_architecture(other, source)
 
     def _check_same_architecture(self, other: nn.Module, source: str) -> None:
         """Compare what the shapes of the weights do not show, so that nothing loads that computes something else."""

@@ -135,7 +135,7 @@ def check_segmentor(model: Any, checkpoint: dict, source: str) -> None:
         source: What to call it in the error.
 
     Raises:
-        CheckpointError: If it does not fit; says which weights.
+        CheckpointError: If it does not fit; says which weights, or what of the backbone.
     """
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict):
@@ -144,6 +144,9 @@ def check_segmentor(model: Any, checkpoint: dict, source: str) -> None:
             "model.backbone.init_cfg.checkpoint."
         )
     check_fit(model, {key.removeprefix("module."): value for key, value in state.items()}, source)
+    config, backbone = checkpoint.get(BACKBONE_CONFIG_KEY), getattr(model, "backbone", None)
+    if isinstance(config, dict) and isinstance(backbone, TimmViT):
+        backbone.check_built_as(config, source)
 
 
 @HOOKS.register_module()

@@ -110,6 +110,17 @@ def test_patches_are_read_in_the_checkpoints_order(tmp_path):
         toy_backbone(folder, model_args={**SIZE, "order": "raster"})
 
 
+@pytest.mark.parametrize("details", [{"order": "hilbert"}, {"mlp_act": "silu"}, {"qk_norm": False}])
+def test_a_checkpoint_of_a_backbone_of_other_details_is_refused(details):
+    """They do not show in the shapes, and where the pretrained backbone is not, the config has to say them."""
+    model = timm.create_model(ARCH, img_size=16, patch_size=4, **SIZE, **details)
+    toy_backbone(None, model_args={**SIZE, **details}).check_built_as(backbone_config(model), "iter_9.pth")
+    ((name, value),) = details.items()
+    named = {"mlp_act": "activation is SiLU, the config has GELU"}.get(name, f"{name} is {value}, the config has")
+    with pytest.raises(CheckpointError, match=rf"iter_9.pth is not .*: {named}.* Change arch, .* or model_args"):
+        toy_backbone(None).check_built_as(backbone_config(model), "iter_9.pth")
+
+
 def test_raw_weights_of_a_run_of_the_published_code(tmp_path):
     folder = shutil.copytree(TOY, tmp_path / "run")
     average = {k: 2 * v for k, v in load_file(TOY / "model.safetensors").items()}

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from tiny import losses, tiny_config
 
 import nepa_plugin
-from nepa_plugin.checkpoints import CheckpointError, read_tensors
+from nepa_plugin.checkpoints import BACKBONE_CONFIG_KEY, CheckpointError, read_tensors
 from nepa_plugin.segmentation import ConfigError
 
 
@@ -88,6 +88,14 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(run, scenes, tmp_path, chang
     torch.save(checkpoint, tmp_path / "damaged.pth")
     with pytest.raises(CheckpointError, match=message):
         Runner.from_cfg(tiny_config(scenes, None, tmp_path / "w", load_from=str(tmp_path / "damaged.pth"))).test()
+
+
+def test_a_checkpoint_that_was_trained_in_another_order_is_not_tested_in_this_one(run, scenes, tmp_path):
+    checkpoint = read_tensors(run / "iter_4.pth")
+    checkpoint[BACKBONE_CONFIG_KEY]["model_args"]["order"] = "hilbert"
+    torch.save(checkpoint, tmp_path / "hilbert.pth")
+    with pytest.raises(CheckpointError, match=r"hilbert\.pth .*: order is hilbert, the config has raster"):
+        Runner.from_cfg(tiny_config(scenes, None, tmp_path / "w", load_from=str(tmp_path / "hilbert.pth"))).test()
 
 
 def test_a_checkpoint_of_something_else(scenes, tmp_path):
