@@ -213,6 +213,8 @@ class PatchOrder(nn.Module):
     def _attention(self, images: Tensor, attn_mask: Tensor | None, is_causal: bool | None) -> dict[str, Any]:
         """Return the attention's arguments of a pass over images with their patches in raster order."""
         causal = self.is_causal if is_causal is None else is_causal
+        if causal and self.training and self.patch_drop is not None:  # timm leaves the rest in a random order
+            raise ValueError("Causal attention needs every patch: build the model with patch_drop_rate=0.")
         if not causal or self.order == "raster":
             return {"attn_mask": attn_mask, "is_causal": causal}
         if attn_mask is not None:
