@@ -277,7 +277,7 @@ def test_attention_of_a_single_call(toy, expected):
 
 def test_patch_dropout_does_not_predict():
     model = NepaViT(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, patch_drop_rate=0.5)
-    with pytest.raises(ValueError, match="Causal attention needs every patch: .* patch_drop_rate=0"):
+    with pytest.raises(ValueError, match=r"Causal attention needs every patch: .* patch_drop_rate=0"):
         model.train()(torch.randn(1, 3, 16, 16))
     assert model.set_attention("bidirectional")(torch.randn(1, 3, 16, 16)).isfinite().all()
     with pytest.raises(ValueError, match="patch_drop_rate=0"):

@@ -109,6 +109,20 @@ def compared():
     return found
 
 
+def test_many_rows_of_nepa_are_beside_the_first_one_given():
+    """Pooled deviation 1, so that two means of two seeds differ by more than noise beyond 2.8."""
+    found = []
+    for name, top1 in (("base", 80.0), ("up", 90.0), ("near", 81.0), ("down", 60.0)):
+        for seed, value in ((0, top1 - 2**-0.5), (1, top1 + 2**-0.5)):
+            found.append(tuned(run(name, seed, 50.0, 60.0, method="NEPA"), value))
+    assert verdict(found)[-2:] == [
+        "NEPA (base) is number 3, 10.0 points behind, which is more than noise.",
+        "Of NEPA's other rows, by more than noise ahead of NEPA (base), the first given: NEPA (up); behind it: NEPA "
+        "(down).",
+    ]
+    assert len(verdict([each for each in found if each.seed == 0])) == 3  # no noise is known of one seed
+
+
 def test_the_noise_is_pooled_and_the_answer_goes_by_it(compared):
     """Four rows of two seeds: four degrees of freedom, t = 2.776; means differ by more than noise beyond 2.776."""
     noise = Noise.of({"a": [1, 3], "b": [5, 5], "c": [7]})
