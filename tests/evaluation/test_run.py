@@ -131,9 +131,9 @@ def test_features_are_computed_once(model, folder, tmp_path, monkeypatch):
     asked = []
     extract = run.extract_depth_features
 
-    def counting(model, loader, device, wanted, count):
+    def counting(model, loader, device, wanted, count, precision):
         asked.append(wanted)
-        return extract(model, loader, device, wanted, count)
+        return extract(model, loader, device, wanted, count, precision)
 
     monkeypatch.setattr(run, "extract_depth_features", counting)
     first = evaluate(model, folder, ["knn"], _options())
