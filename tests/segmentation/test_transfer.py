@@ -91,8 +91,8 @@ def test_what_cannot_be_segmented_is_refused_at_once(scenes, tmp_path):
 
 
 def test_a_segmentation_that_fails_is_said_with_its_last_line(scenes, tmp_path):
-    def fails(command, stdout, stderr, env):
-        stdout.write("something\nwent wrong\n")
+    def fails(command, log):
+        log.write_text("something\nwent wrong\n")
         return 3
 
     with pytest.raises(ComparisonError, match=r"segmentation ended with status 3: went wrong \(see .*frozen\.log\)"):
