@@ -13,6 +13,7 @@ from nepa_plugin.comparison.report.tables import Table
 #: What is logged of a run, its heading, and whether its largest value counts besides its last.
 CURVES = {
     "train_loss": ("loss", False),
+    "copy_baseline": ("loss of copying", False),
     "skill": ("skill", False),
     "grad_norm": ("gradient norm", True),
     "embedding_cosine": ("cosine of embeddings", False),
