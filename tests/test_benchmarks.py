@@ -1,4 +1,4 @@
-"""The script for the first GPU, at toy size, whose failures leave the other parts; two hosts; what was only tried."""
+"""The script for the first GPU, at toy size, whose failures leave the other parts; two hosts; what is to be tried."""
 
 import importlib.util
 import json
@@ -99,7 +99,7 @@ def test_two_hosts_say_what_they_need(tmp_path):
     assert done.stdout.startswith("Skipped: two hosts on one machine need ") and "iproute2" in done.stdout
 
 
-# -- what was tried and stayed out -------------------------------------------------------------------------------------
+# -- what is to be tried before it goes into the package --------------------------------------------------------------
 
 TRIED = Path(__file__).parents[1] / "benchmarks" / "tried"
 

@@ -1,4 +1,4 @@
-"""What was tried with NEPA and stayed out of the package, so that its numbers can be had again (docs/better.md).
+"""What may make NEPA learn more, to be measured before any of it goes into the package (docs/better.md).
 
 PYTHONPATH=benchmarks/tried nepa compare benchmarks/tried/configs/*.yaml --data digits --seeds 0 1 --jobs 2 \
     --evaluate finetune,readout,knn,linear --recipe vit_digits --finetune.epochs 10 --no_untrained --out runs/tried
@@ -11,24 +11,18 @@ import torch.nn.functional as F
 from lightly.loss.lejepa_loss import SIGReg
 from torch import Tensor, nn
 
-from nepa_plugin.loss import NextEmbeddingLoss
+from nepa_plugin.loss import ContrastiveNextEmbeddingLoss
 from nepa_plugin.methods import NEPA
 from nepa_plugin.methods.nepa import transform as transform
 
 
-class BatchContrast(NextEmbeddingLoss):
-    """InfoNCE among the patches of all images of the batch, by cosine over a temperature."""
-
-    def __init__(self, shift: bool, stop_gradient: bool, temperature: float) -> None:
-        super().__init__(shift, stop_gradient)
-        self.temperature = temperature
+class BatchContrast(ContrastiveNextEmbeddingLoss):
+    """InfoNCE among the patches of all images of the batch, as if they were one image's."""
 
     def _loss(self, targets: Tensor, predictions: Tensor, valid: Tensor | None) -> Tensor:
         if valid is not None:
             raise ValueError("The batch's contrast takes no padding.")
-        targets, predictions = (F.normalize(part.flatten(0, 1), dim=-1) for part in (targets, predictions))
-        places = torch.arange(len(targets), device=targets.device)
-        return F.cross_entropy(predictions @ targets.T / self.temperature, places)
+        return super()._loss(targets.flatten(0, 1)[None], predictions.flatten(0, 1)[None], None)
 
 
 class Tried(NEPA):
@@ -66,7 +60,7 @@ class Tried(NEPA):
         if linear_head:
             self.heads = nn.Sequential(nn.Linear(dim, dim), _AsList())
         if batch_contrast:
-            self.criterion = BatchContrast(self.criterion.shift, self.criterion.stop_gradient, 0.1)
+            self.criterion = BatchContrast(self.criterion.shift, self.criterion.stop_gradient)
         self.sigreg = SIGReg(num_vectors=256) if sigreg else None
         self.sigreg_weight, self.pixel_weight = sigreg, pixel_loss
         self.deep_heads = nn.ModuleDict(
@@ -116,6 +110,9 @@ class Tried(NEPA):
         if self.embedding_warmup:
             steps = self.embedding_warmup * int(self.trainer.estimated_stepping_batches)
             part *= min(1.0, self.trainer.global_step / steps)
+        if part == 1:
+            super().optimizer_step(*args, **kwargs)
+            return
         own = list(self.backbone.patch_embed.parameters())
         before = [parameter.detach().clone() for parameter in own]
         super().optimizer_step(*args, **kwargs)
