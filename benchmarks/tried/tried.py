@@ -38,6 +38,8 @@ class Tried(NEPA):
             patch by patch as in MAE, from the transformer's outputs.
         embedding_lr: The patch embedding's learning rate, as a multiple of the others'.
         embedding_warmup: Fraction of the steps over which that multiple rises from zero.
+        prefix: Let the first patches, as many as each step draws, see one another, as AIM does (arXiv 2401.08541); only
+            what comes behind them is predicted.
         **kwargs: Arguments of :class:`~nepa_plugin.methods.NEPA`.
     """
 
@@ -53,6 +55,7 @@ class Tried(NEPA):
         pixel_loss: float = 0.0,
         embedding_lr: float = 1.0,
         embedding_warmup: float = 0.0,
+        prefix: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -68,15 +71,18 @@ class Tried(NEPA):
         )
         self.pixels = nn.Linear(dim, 3 * self.backbone.patch_embed.patch_size[0] ** 2) if pixel_loss else None
         self.embedding_lr, self.embedding_warmup = embedding_lr, embedding_warmup
+        self.prefix, self.horizon = prefix, kwargs.get("horizon", 1)
 
     def step(self, views: list[Tensor], masks: Any = None) -> tuple[Tensor, Tensor]:
         """Return the loss with the further parts, and the features."""
         caught: dict[str, Tensor] = {}
+        tokens = self.backbone.patch_embed.num_patches + self.backbone.num_prefix_tokens
+        last = int(torch.randint(tokens - self.horizon, ())) if self.prefix else 0  # the prefix's last token
         predict = self.backbone.predict_next
 
         def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             caught["embeddings"], caught["outputs"] = found = predict(*args, **kwargs)
-            return found
+            return found[0][:, last:], found[1][:, last:]
 
         hooks = [
             self.backbone.blocks[int(layer) - 1].register_forward_hook(
@@ -84,6 +90,13 @@ class Tried(NEPA):
             )
             for layer in self.deep_heads
         ]
+        if self.prefix:
+            places = torch.arange(tokens, device=views[0].device)
+            seen = {"attn_mask": (places <= places[:, None]) | (places <= last), "is_causal": False}
+            hooks += [
+                block.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | seen), with_kwargs=True)
+                for block in self.backbone.blocks
+            ]
         self.backbone.predict_next = watched
         try:
             loss, features = super().step(views, masks)
@@ -92,16 +105,17 @@ class Tried(NEPA):
             for hook in hooks:
                 hook.remove()
         for layer, head in self.deep_heads.items():
-            loss = loss + self.criterion(caught["embeddings"], head(caught[layer])) / len(self.deep_heads)
+            deep = self.criterion(caught["embeddings"][:, last:], head(caught[layer][:, last:]))
+            loss = loss + deep / len(self.deep_heads)
         if self.sigreg is not None:
-            tokens = caught["embeddings"][:, self.backbone.num_prefix_tokens :].flatten(0, 1)
-            drawn = torch.randint(len(tokens), (self.SAMPLE,), device=tokens.device)
-            loss = (1 - self.sigreg_weight) * loss + self.sigreg_weight * self.sigreg(tokens[drawn])
+            patches = caught["embeddings"][:, self.backbone.num_prefix_tokens :].flatten(0, 1)
+            drawn = torch.randint(len(patches), (self.SAMPLE,), device=patches.device)
+            loss = (1 - self.sigreg_weight) * loss + self.sigreg_weight * self.sigreg(patches[drawn])
         if self.pixels is not None:
             size = self.backbone.patch_embed.patch_size[0]
             patches = F.unfold(views[0], size, stride=size).transpose(1, 2)
             patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-            loss = loss + self.pixel_weight * F.mse_loss(self.pixels(caught["outputs"][:, :-1]), patches)
+            loss = loss + self.pixel_weight * F.mse_loss(self.pixels(caught["outputs"][:, last:-1]), patches[:, last:])
         return loss, features
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
