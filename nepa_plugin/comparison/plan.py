@@ -140,6 +140,7 @@ def plan(what: Comparison) -> list[tuple[Run, Path | None]]:
     images = check_evaluation(what.data, what.protocols, what.options)
     data = fingerprint(images.train)
     planned: list[tuple[Run, Path | None]] = []
+    others: list[Path] = []
     for source in map(Path, what.sources):
         if source.is_dir():
             planned.append((_finished(source, data, what), None))
@@ -150,10 +151,17 @@ def plan(what: Comparison) -> list[tuple[Run, Path | None]]:
             raise ComparisonError(f"{source}: {problem}")
         for seed in what.seeds:
             run = Run(source.stem, seed, what.out / folder_name(source.stem) / f"seed{seed}")
-            _check_request(run, what.arguments(source, seed))
-            if (run.folder / SUMMARY).is_file():
+            if not _as_requested(run, what.arguments(source, seed)):
+                others.append(run.folder)
+            elif (run.folder / SUMMARY).is_file():
                 _check_images(run, data, what)
             planned.append((run, source))
+    if others:
+        raise ComparisonError(
+            f"{', '.join(map(str, others))}: trained with another config or other options than now. Choose another "
+            f"--out, or delete {'that folder' if len(others) == 1 else 'those folders'} and each FOLDER.{REQUEST} to "
+            "train again."
+        )
     known = list(dict.fromkeys(run.name for run, _ in planned))
     if odd := [name for name in what.rows if name not in known and not name.startswith(UNTRAINED)]:
         raise ComparisonError(f"--row {odd[0]}: there is no such row. The rows are {', '.join(known)}.")
@@ -225,19 +233,19 @@ def request_of(run: Run, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
     return run.folder.parent / f"{run.folder.name}.{REQUEST}", {"arguments": options, "config": read_config(config)}
 
 
-def _check_request(run: Run, arguments: list[str]) -> None:
-    """Refuse to mix runs of other options into a comparison."""
+def _as_requested(run: Run, arguments: list[str]) -> bool:
+    """Return whether a run is, or can become, what is asked for now; runs of other options are not mixed in.
+
+    Raises:
+        ComparisonError: If its folder is no comparison's.
+    """
     path, wanted = request_of(run, arguments)
     if not path.is_file():
         if run.folder.exists():
             raise ComparisonError(f"{run.folder} is not part of a comparison: choose another --out.")
-        return
+        return True
     remedy = f"Choose another --out, or delete it and {run.folder} to train that run again."
-    if read_json(path, {"arguments": list, "config": dict}, remedy) != wanted:
-        raise ComparisonError(
-            f"{run.folder} was trained with another config or other options than now: choose another --out, or delete "
-            f"that folder and {path.name} to train it again."
-        )
+    return read_json(path, {"arguments": list, "config": dict}, remedy) == wanted
 
 
 def load_run(run: Run) -> None:
