@@ -114,6 +114,18 @@ def test_options_that_are_named(page, options):
     assert unknown == set()
 
 
+def test_the_readme_lists_every_command():
+    from nepa_command import COMMANDS
+
+    text = (ROOT / "README.md").read_text()
+    listed = re.search(
+        r"is also a sub-command of `nepa`, with the\s+same options: (.*?)\. `nepa --help`", text, re.DOTALL
+    )
+    scripts = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    commands = {name for name, (module, _) in COMMANDS.items() if module in scripts}
+    assert set(re.findall(r"`([a-z-]+)`", listed[1])) == commands and len(commands) == len(scripts)
+
+
 def test_the_picture_and_the_table_of_rooms_are_those_of_the_code():
     with Image.open(architecture.PICTURE) as picture:
         drawn = json.loads(picture.info["Description"])
