@@ -1,5 +1,6 @@
 """The moving average of the weights: Lightning's callback without its waits for the device, also of sharded weights."""
 
+import sys
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -16,6 +17,8 @@ from nepa_plugin.runtime.sharding import ShardedStrategy, full_tensors, local_te
 PUBLISHED_DECAY = 0.9999
 #: Spans of the average, 1 / (1 - d) steps, that a run must have: exp(-5) of its first weights is left at the end then.
 SPANS = 5
+#: Beyond this fraction of first weights in it, an average says little of what the run has learned.
+MOST_FIRST_WEIGHTS = 0.05
 
 
 def decay_for(steps: int) -> float:
@@ -28,6 +31,19 @@ def decay_for(steps: int) -> float:
         The decay.
     """
     return max(0.0, min(PUBLISHED_DECAY, 1 - SPANS / steps))
+
+
+def first_weights(decay: float, steps: int) -> float:
+    """Return which part of a moving average is the first weights still, after so many steps of a run.
+
+    Args:
+        decay: d of the average; 0 for none.
+        steps: Optimizer steps; the first one's weights are what the average starts with.
+
+    Returns:
+        A fraction; 0 without an average.
+    """
+    return decay ** max(0, steps - 1) if decay else 0.0
 
 
 class ModelAverage:
@@ -156,10 +172,11 @@ class FusedEMA(EMAWeightAveraging):
                     f"Moving average: decay {self.decay:.4g}. The published {PUBLISHED_DECAY} spans "
                     f"{1 / (1 - PUBLISHED_DECAY):.0f} steps, this run has {steps}."
                 )
-        elif steps * (1 - self.decay) < 2:
+        elif (left := first_weights(self.decay, int(min(steps, sys.maxsize)))) > MOST_FIRST_WEIGHTS:
             rank_zero_warn(
                 f"The moving average with decay {self.decay} spans {1 / (1 - self.decay):.0f} steps, this run has "
-                f"{steps}: the validated and exported weights stay close to the first ones. Lower ema_decay."
+                f"{steps}: {left:.0%} of the exported weights will be the first ones. Lower ema_decay, or leave it out "
+                "and it fits the run."
             )
         assert self._average_model is not None
         self._average_model.decay = self.decay

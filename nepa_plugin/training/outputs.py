@@ -59,9 +59,16 @@ def run_summary(trainer: Trainer, name: str, clock: RunClock, cost: TrainingCost
         "backbone_class": type(method.backbone).__name__,
         "attention": method.attention,
         "exported": "moving average" if method.averaged else method.exported,
+        "ema_decay": _decay(trainer),
         **asdict(cost),
         **provenance(),
     }
+
+
+def _decay(trainer: Trainer) -> float:
+    """Return the decay of the moving average that was in force, 0 without one."""
+    averages = [c for c in trainer.callbacks if isinstance(c, FusedEMA)]  # type: ignore[attr-defined]
+    return averages[0].decay if averages else 0.0
 
 
 def _of_any_run(trainer: Trainer, clock: RunClock, seed: int | None) -> dict[str, Any]:
@@ -110,11 +117,10 @@ def write_classifier(run_dir: Path, scores: Scores, summary: dict[str, Any]) -> 
 def finetuning_summary(trainer: Trainer, scores: Scores, clock: RunClock, seed: int | None) -> dict[str, Any]:
     """Return what a fine-tuning reached, in per cent, and what it takes to repeat it, as :func:`run_summary`."""
     module: Any = trainer.lightning_module
-    averages = [c for c in trainer.callbacks if isinstance(c, FusedEMA)]  # type: ignore[attr-defined]
     return {
         "method": "fine-tuning",
         **scores.final(),
-        "ema_decay": averages[0].decay if averages else 0.0,
+        "ema_decay": _decay(trainer),
         "init_from": module.hparams.get("init_from"),
         "gflops": step_gflops(module.network),
         **_of_any_run(trainer, clock, seed),

@@ -1,18 +1,21 @@
 """The moving average of the weights against Lightning's."""
 
 import copy
+import json
 
 import pytest
 import torch
-from pretraining import curve, run
+from pretraining import ROOT, curve, run
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import nepa_plugin.methods
-from nepa_plugin.runtime.averaging import FusedEMA, ModelAverage, decay_for
+from nepa_plugin.runtime.averaging import FusedEMA, ModelAverage, decay_for, first_weights
+from nepa_plugin.training.configs import read_config
 
 DECAY = 0.99
+CONFIGS = ROOT / "lightly_configs"
 
 
 def network():
@@ -107,6 +110,26 @@ def test_the_published_decay_is_lowered_in_a_short_run(steps, decay):
     assert decay_for(steps) == pytest.approx(decay, abs=1e-12)
 
 
+def test_what_is_left_of_the_first_weights():
+    """After the first step the average is its weights; what they are weighted with follows from the updates."""
+    value = nn.Linear(1, 1, bias=False)
+    average = ModelAverage(value, 0.9)
+    for step in range(7):
+        nn.init.constant_(value.weight, float(step == 0))
+        average.update_parameters(value)
+    assert average.averages[0].item() == pytest.approx(first_weights(0.9, 7), rel=1e-6) == pytest.approx(0.9**6)
+    assert first_weights(0.0, 7) == 0 and first_weights(decay_for(100), 100) < 0.01
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_averages_fit_runs_of_any_length(path):
+    """A config is shortened, to try it or for few images: a number of its own would keep the first weights then."""
+    config = read_config(path)
+    model = config.get("model", {})
+    decay = model.get("init_args", model).get("ema_decay")
+    assert not decay or (first_weights(decay, 420) < 0.02 and config["data"]["demo"] == "digits")  # 420 steps
+
+
 def test_the_decay_that_is_said_is_in_force(tmp_path, caplog):
     """By default that of the run's length, and of the longer one when it goes on; a number of one's own is kept."""
     averages, update = [], ModelAverage.update_parameters
@@ -121,8 +144,12 @@ def test_the_decay_that_is_said_is_in_force(tmp_path, caplog):
         patch.setattr(ModelAverage, "update_parameters", record)
         run("--run_dir", tmp_path / "run", *few, "null", "--trainer.max_epochs", 1)
         run("--run_dir", tmp_path / "run", *few, "null", "--trainer.max_epochs", 2, "--ckpt_path", "last")
-        with pytest.warns(UserWarning, match=r"decay 0\.9999 spans 10000 steps, this run has 6: .* Lower ema_decay"):
+        with pytest.warns(
+            UserWarning, match=r"decay 0\.9999 spans 10000 steps, this run has 6: 100% of .* Lower ema_decay"
+        ):
             run("--run_dir", tmp_path / "own", *few, 0.9999, "--trainer.max_epochs", 1)
+    decays = [json.loads((tmp_path / name / "summary.json").read_text())["ema_decay"] for name in ("run", "own")]
+    assert decays == [pytest.approx(1 - 5 / 12), 0.9999]
     assert averages == [pytest.approx(1 - 5 / 6)] * 6 + [pytest.approx(1 - 5 / 12)] * 6 + [0.9999] * 6
     for said in ("decay 0.1667. The published 0.9999 spans 10000 steps, this run has 6.", "decay 0.5833. The"):
         assert f"Moving average: {said}" in caplog.text

@@ -12,7 +12,7 @@ from nepa_plugin.comparison.report.ablations import ablation_table, plot_ablatio
 from nepa_plugin.comparison.report.attention import attention_table
 from nepa_plugin.comparison.report.costs import cost_tables
 from nepa_plugin.comparison.report.exports import latex_table, write_csv
-from nepa_plugin.comparison.report.facts import failures, inequalities
+from nepa_plugin.comparison.report.facts import caveats, failures, inequalities
 from nepa_plugin.comparison.report.figures import (
     plot_compute,
     plot_losses,
@@ -42,6 +42,7 @@ def write_report(
     """
     answer = verdict(runs)
     first = {"scores": ("Who is ahead", plot_scores(runs))} if answer else {}
+    answer = [*answer, *caveats(runs)]
     figures = {
         "compute": ("Accuracy against cost", plot_compute(runs)),
         "readout": ("Where the information is: linear probe by depth", plot_readout(runs)),

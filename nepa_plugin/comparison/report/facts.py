@@ -1,15 +1,49 @@
 """What is equal between the rows of a comparison, what is not, and what failed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.methods import labels
 from nepa_plugin.comparison.report.scores import by_name
+from nepa_plugin.runtime.averaging import MOST_FIRST_WEIGHTS, first_weights
 
 
 def failures(runs: Sequence[Run]) -> list[str]:
     """Return a line per run that failed."""
     return [f"{run.name}, seed {run.seed}: {run.error}" for run in runs if run.error is not None]
+
+
+def caveats(runs: Sequence[Run]) -> list[str]:
+    """Return a sentence per row whose score is that of a moving average which has not forgotten the first weights."""
+    called, said = labels(runs), []
+    for name, group in by_name(runs).items():
+        for what, shares in (("exports", map(_exported, group)), ("is fine-tuned to", map(_finetuned, group))):
+            if (share := max(shares)) > MOST_FIRST_WEIGHTS:
+                said.append(
+                    f"Beware: {called[name]} {what} a moving average, and {share:.0%} of it are the first weights "
+                    "still: lower its ema_decay, or leave it out and it fits the run."
+                )
+    return said
+
+
+def _exported(run: Run) -> float:
+    if run.summary.get("exported") != "moving average":
+        return 0.0
+    own = run.config.get("model", {}).get("init_args", {}).get("ema_decay")  # of a run before the summary had it
+    return _first_weights(run.summary.get("ema_decay", own), run.summary.get("steps"))
+
+
+def _finetuned(run: Run) -> float:
+    if (entry := run.results.get("finetune")) is None:
+        return 0.0
+    return _first_weights(entry["ema_decay"], entry.get("images_seen", 0) / entry["options"]["finetune"]["batch_size"])
+
+
+def _first_weights(decay: Any, steps: Any) -> float:
+    """Return the part that is known of; none where the number is fitted to the run, or missing."""
+    known = isinstance(decay, int | float) and isinstance(steps, int | float) and steps > 0
+    return first_weights(decay, int(steps)) if known else 0.0
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -185,7 +185,8 @@ def _operations(run: Run, tuned: bool) -> float | None:
 
 
 def _seconds(run: Run, tuned: bool) -> float | None:
-    return float(run.summary["seconds"] + (run.results["finetune"].get("seconds", 0.0) if tuned else 0.0))
+    after = run.results.get("finetune", {}).get("seconds") if tuned else 0.0
+    return None if after is None else float(run.summary["seconds"] + after)
 
 
 def finish(axes: Any) -> None:

@@ -9,6 +9,7 @@ from nepa_plugin.comparison import Run
 from nepa_plugin.comparison.report import accuracy_table, cost_tables, inequalities, verdict, write_report
 from nepa_plugin.comparison.report.costs import spread
 from nepa_plugin.comparison.report.exports import latex, latex_table
+from nepa_plugin.comparison.report.facts import caveats
 from nepa_plugin.comparison.report.methods import PAPERS, labels
 from nepa_plugin.comparison.report.published import published_table
 from nepa_plugin.comparison.report.scores import best_readout, order, primary
@@ -90,9 +91,35 @@ def test_without_several_seeds_there_are_no_intervals(runs):
 def tuned(run, top1):
     options = {"epochs": 20, "batch_size": 64, "lr": 0.016, "head_lr": 2e-3, "layer_decay": 0.9, "select": "last"}
     options = {"finetune": options | {"attention": "bidirectional"}}
-    entry = {"top1": top1, "options": options, "ema_decay": 0.99, "seconds": 30.0, "gflops": 0.4, "images_seen": 5000}
+    entry = {"top1": top1, "options": options, "ema_decay": 0.9, "seconds": 30.0, "gflops": 0.4, "images_seen": 5000}
     run.results["finetune"] = entry
     return run
+
+
+def test_an_average_that_has_not_forgotten_the_first_weights_is_said(runs, tmp_path):
+    """0.999 after 660 steps is 0.999^659 = 52 % of them; of an older summary, the decay is in the config."""
+    kept = {"exported": "moving average", "steps": 660}
+    rows = [
+        run("fits", 0, 1.0, 2.0, **kept, ema_decay=0.99),
+        run("fitted", 0, 1.0, 2.0, **kept),
+        run("other", 0, 1.0, 2.0, steps=660, ema_decay=0.999),  # exports another thing
+        run("short", 0, 1.0, 2.0, **kept, ema_decay=0.999),
+        run("older", 0, 1.0, 2.0, **kept),
+        tuned(run("tuned", 0, 1.0, 2.0), 90.0),
+    ]
+    rows[4].config["model"]["init_args"]["ema_decay"] = 0.999
+    rows[5].results["finetune"] |= {"ema_decay": 0.999, "images_seen": 64 * 660}
+    end = "% of it are the first weights still: lower its ema_decay, or leave it out and it fits the run."
+    assert caveats(rows) == [
+        f"Beware: short exports a moving average, and 52{end}",
+        f"Beware: older exports a moving average, and 52{end}",
+        f"Beware: tuned is fine-tuned to a moving average, and 52{end}",
+    ]
+    write_report(rows, tmp_path, "compare")
+    for page in ("report.md", "report.html"):
+        head = (tmp_path / page).read_text().partition("Who is ahead")[0]
+        assert all(sentence in head for sentence in caveats(rows))
+    assert caveats(runs) == []
 
 
 @pytest.fixture
@@ -181,7 +208,7 @@ def test_costs_of_fine_tuning(compared):
     assert counted.header[-1] == "fine-tuning, TFLOP" and counted.rows[0][-1] == "2"  # 0.4e9 x 5000
     equal, _ = inequalities(compared)
     assert (
-        "fine-tuning: 20 epochs of batch 64, lr 0.016 per 256 (head 0.002), layer decay 0.9, moving average 0.99"
+        "fine-tuning: 20 epochs of batch 64, lr 0.016 per 256 (head 0.002), layer decay 0.9, moving average 0.9"
         in equal
     )
 
