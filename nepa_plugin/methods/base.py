@@ -199,6 +199,17 @@ class Method(OptimizedModule):
         """
         return self.pooled(getattr(self, self.exported).forward_features(images))
 
+    def first_weights(self, steps: int) -> float:
+        """Return which part of the exported backbone is the first weights still, but for a moving average of all.
+
+        Args:
+            steps: Optimizer steps of the run.
+
+        Returns:
+            A fraction: 0 where what is trained is exported, more where a momentum encoder is.
+        """
+        return 0.0
+
     @property
     def attention(self) -> str:
         """The attention that the backbone is trained with, in words."""

@@ -1,13 +1,16 @@
 """What the methods with a momentum encoder share: the encoder, its schedule and its update."""
 
 import copy
+import math
 from typing import Any
 
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightly.utils.scheduler import cosine_schedule
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from nepa_plugin.methods.base import Method
+from nepa_plugin.runtime.averaging import MOST_FIRST_WEIGHTS
 from nepa_plugin.runtime.ranges import Fraction, FractionBelowOne
 
 
@@ -66,10 +69,29 @@ class MomentumMethod(Method):
             self.teacher_backbone.eval()
         return self
 
+    def _momentum_at(self, step: int, steps: int) -> float:
+        return float(cosine_schedule(min(step, steps), steps, self.momentum, self.final_momentum))
+
+    def first_weights(self, steps: int) -> float:
+        """Return which part of what is exported is the first weights still, after a run of so many steps."""
+        if self.exported != "teacher_backbone":
+            return 0.0
+        return math.prod(self._momentum_at(step, steps) for step in range(steps))
+
+    def on_train_start(self) -> None:
+        """Say it if the run is too short for the momentum to forget the first weights."""
+        super().on_train_start()
+        steps = self.trainer.estimated_stepping_batches
+        if steps < float("inf") and (left := self.first_weights(int(steps))) > MOST_FIRST_WEIGHTS:
+            rank_zero_warn(
+                f"With a momentum from {self.momentum} to {self.final_momentum} in {int(steps)} steps, {left:.0%} of "
+                "the momentum encoder, which is exported, will be the first weights. Lower momentum and final_momentum."
+            )
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the optimizer's step, then the momentum encoder's."""
         step, steps = self.trainer.global_step, int(self.trainer.estimated_stepping_batches)
         super().optimizer_step(*args, **kwargs)
-        m = cosine_schedule(min(step, steps), steps, self.momentum, self.final_momentum)
+        m = self._momentum_at(step, steps)
         for student, teacher in self.momentum_pairs():
             update_momentum(student, teacher, m)

@@ -11,7 +11,7 @@ from nepa_plugin.checkpoints import backbone_config, load_backbone, save_backbon
 from nepa_plugin.finetuning import Scores
 from nepa_plugin.finetuning.cost import step_gflops
 from nepa_plugin.methods.cost import TrainingCost
-from nepa_plugin.runtime.averaging import FusedEMA
+from nepa_plugin.runtime.averaging import FusedEMA, first_weights
 from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.training.callbacks import RunClock
@@ -60,6 +60,8 @@ def run_summary(trainer: Trainer, name: str, clock: RunClock, cost: TrainingCost
         "attention": method.attention,
         "exported": "moving average" if method.averaged else method.exported,
         "ema_decay": _decay(trainer),
+        "first_weights": method.first_weights(trainer.global_step)
+        or first_weights(_decay(trainer), trainer.global_step),
         **asdict(cost),
         **provenance(),
     }

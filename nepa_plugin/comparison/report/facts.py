@@ -15,23 +15,30 @@ def failures(runs: Sequence[Run]) -> list[str]:
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
-    """Return a sentence per row whose score is that of a moving average which has not forgotten the first weights."""
+    """Return a sentence per row whose score is that of an average which has not forgotten the first weights."""
     called, said = labels(runs), []
     for name, group in by_name(runs).items():
-        for what, shares in (("exports", map(_exported, group)), ("is fine-tuned to", map(_finetuned, group))):
+        momentum = group[0].summary.get("exported") == "teacher_backbone"
+        exported = ("exports a momentum encoder", "momentum") if momentum else ("exports a moving average", "ema_decay")
+        tuned = "is fine-tuned to a moving average", "ema_decay"
+        for (what, option), shares in ((exported, map(_exported, group)), (tuned, map(_finetuned, group))):
             if (share := max(shares)) > MOST_FIRST_WEIGHTS:
+                remedy = "" if option == "momentum" else ", or leave it out and it fits the run"
                 said.append(
-                    f"Beware: {called[name]} {what} a moving average, and {share:.0%} of it are the first weights "
-                    "still: lower its ema_decay, or leave it out and it fits the run."
+                    f"Beware: {called[name]} {what}, and {share:.0%} of it are the first weights still: lower its "
+                    f"{option}{remedy}."
                 )
     return said
 
 
 def _exported(run: Run) -> float:
+    share = run.summary.get("first_weights")
+    if isinstance(share, int | float):
+        return share
     if run.summary.get("exported") != "moving average":
         return 0.0
-    own = run.config.get("model", {}).get("init_args", {}).get("ema_decay")  # of a run before the summary had it
-    return _first_weights(run.summary.get("ema_decay", own), run.summary.get("steps"))
+    decay = run.config.get("model", {}).get("init_args", {}).get("ema_decay")  # of a run whose summary has no share
+    return _first_weights(decay, run.summary.get("steps"))
 
 
 def _finetuned(run: Run) -> float:

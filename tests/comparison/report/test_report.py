@@ -100,19 +100,22 @@ def test_an_average_that_has_not_forgotten_the_first_weights_is_said(runs, tmp_p
     """0.999 after 660 steps is 0.999^659 = 52 % of them; of an older summary, the decay is in the config."""
     kept = {"exported": "moving average", "steps": 660}
     rows = [
-        run("fits", 0, 1.0, 2.0, **kept, ema_decay=0.99),
+        run("fits", 0, 1.0, 2.0, **kept, first_weights=0.99**659),
         run("fitted", 0, 1.0, 2.0, **kept),
-        run("other", 0, 1.0, 2.0, steps=660, ema_decay=0.999),  # exports another thing
-        run("short", 0, 1.0, 2.0, **kept, ema_decay=0.999),
+        run("other", 0, 1.0, 2.0, steps=660),
+        run("short", 0, 1.0, 2.0, **kept, first_weights=0.999**659),
         run("older", 0, 1.0, 2.0, **kept),
+        run("teacher", 0, 1.0, 2.0, exported="teacher_backbone", first_weights=0.27),
         tuned(run("tuned", 0, 1.0, 2.0), 90.0),
     ]
-    rows[4].config["model"]["init_args"]["ema_decay"] = 0.999
-    rows[5].results["finetune"] |= {"ema_decay": 0.999, "images_seen": 64 * 660}
+    for each in rows[2], rows[4]:
+        each.config["model"]["init_args"]["ema_decay"] = 0.999
+    rows[6].results["finetune"] |= {"ema_decay": 0.999, "images_seen": 64 * 660}
     end = "% of it are the first weights still: lower its ema_decay, or leave it out and it fits the run."
     assert caveats(rows) == [
         f"Beware: short exports a moving average, and 52{end}",
         f"Beware: older exports a moving average, and 52{end}",
+        "Beware: teacher exports a momentum encoder, and 27% of it are the first weights still: lower its momentum.",
         f"Beware: tuned is fine-tuned to a moving average, and 52{end}",
     ]
     write_report(rows, tmp_path, "compare")
