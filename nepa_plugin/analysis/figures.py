@@ -105,7 +105,7 @@ def plot_surprise(looks: Sequence[Look], scores: Mapping[str, float]) -> Figure:
     figure, panels = _figure(len(looks), 3)
     for line, one in zip(panels, looks, strict=True):
         _plain(line[0], one.pixels)
-        line[0].set_title(one.name, fontsize=8)
+        line[0].set_title(Path(one.name).name[:28], fontsize=8)  # more would reach into the next panel's
         both = [each for each in one.maps if each.group == "surprise"]
         known = torch.cat([each.values[each.values.isfinite()] for each in both])
         low, high = float(known.min()), float(known.max())

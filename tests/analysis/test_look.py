@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 import nepa_plugin
 from nepa_plugin.analysis.components import principal_colours, similarity_by_region
-from nepa_plugin.analysis.figures import plot_attention
+from nepa_plugin.analysis.figures import plot_attention, plot_surprise
 from nepa_plugin.analysis.generation import roll_forward
 from nepa_plugin.analysis.look import look
 from nepa_plugin.analysis.page import write_page
@@ -68,6 +68,13 @@ def test_mean_surprise_is_one_plus_the_loss(order):
     assert found.copying[0].flatten()[first].isnan() and found.copying.isnan().sum() == 3
     by_hand = 1 - torch.cosine_similarity(predictions[:, 1], model.embed(images)[:, 1 + second], dim=-1)
     torch.testing.assert_close(found.predicting.flatten(1)[:, second], by_hand)
+
+
+def test_a_long_path_stays_over_its_own_panel():
+    name = "a/long/way/to/" + "photo_" * 9 + ".jpg"
+    (one,) = look(build(), torch.randn(1, 3, 32, 32), [name], [1])
+    figure = plot_surprise([one], {name: 0.25})
+    assert [axes.get_title() for axes in figure.axes][:2] == ["photo_photo_photo_photo_phot", "predicted: 0.250"]
 
 
 def test_images_are_sorted_by_surprise():
