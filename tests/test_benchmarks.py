@@ -155,6 +155,18 @@ def test_contrast_in_the_batch_is_a_choice_among_all_of_its_patches(tried):
     assert loss(z, p).item() == pytest.approx(-torch.stack(terms).mean().item(), abs=1e-5)
 
 
+def test_what_a_training_logged_is_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a" / "seed0").mkdir(parents=True)
+    losses, norms, ranks = (0.5, 0.75, 0.25), (3.0, 8.0, 1.0), (6.0, 3.0, 3.0)
+    lines = ["step,train_loss,grad_norm,embedding_effective_rank"]
+    lines += [f"{i},{','.join(map(str, row))}" for i, row in enumerate(zip(losses, norms, ranks, strict=True))]
+    (tmp_path / "a" / "seed0" / "metrics.csv").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(TRIED))
+    monkeypatch.setattr(sys, "argv", ["training.py", str(tmp_path)])
+    importlib.import_module("training").main()
+    assert capsys.readouterr().out == "a, seed0: gradient 8.00, rise 0.250, rank 4.0\n"
+
+
 def test_the_first_patches_see_one_another_and_what_is_behind_them_is_predicted(tried):
     model, images = tried(prefix=True).eval(), torch.randn(2, 3, 32, 32)
     torch.manual_seed(3)

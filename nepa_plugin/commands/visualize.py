@@ -12,6 +12,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -206,6 +207,9 @@ def _write(
     write_page(looks, out / "index.html", "A look inside", about)
     for name, score, copied in ranked[:3] if model.predicts else []:
         print(f"{name}: surprise {score:.3f}, of copying the patch before {copied:.3f}")
+    if model.predicts and len(ranked) > 1:
+        means = [mean(column) for column in zip(*(row[1:] for row in ranked), strict=True)]
+        print(f"All {len(ranked)} images: surprise {means[0]:.3f}, of copying {means[1]:.3f} on average")
     print(f"Wrote {out / 'index.html'} and the pictures and tables beside it.")
 
 

@@ -12,7 +12,7 @@ from nepa_plugin.evaluation.processes import Runtime, quiet
 from nepa_plugin.finetuning import ClassifierModule, Recipe, Scores, classifier
 from nepa_plugin.finetuning.cost import step_gflops
 from nepa_plugin.methods.optimization import DivergenceError
-from nepa_plugin.runtime.averaging import FusedEMA
+from nepa_plugin.runtime.averaging import decay_of
 from nepa_plugin.runtime.ranges import PositiveInt
 from nepa_plugin.runtime.scoring import EvaluationDivergenceError, FiniteTraining
 from nepa_plugin.runtime.step_seed import StepSeed
@@ -89,8 +89,7 @@ def finetune(
             trainer.fit(module, train, val)
         except DivergenceError as error:
             raise EvaluationDivergenceError(f"Training has diverged: {error.found}. Lower {rates}.") from error
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, FusedEMA)]  # type: ignore[attr-defined]
         if scores.keep_best:
             network.load_state_dict(scores.best_state)
         cost = {"gflops": step_gflops(network), "images_seen": trainer.global_step * module.global_batch_size}
-        return scores.final() | {"ema_decay": averages[0].decay if averages else 0.0} | cost, network.eval()
+        return scores.final() | {"ema_decay": decay_of(trainer)} | cost, network.eval()

@@ -46,6 +46,12 @@ def first_weights(decay: float, steps: int) -> float:
     return decay ** max(0, steps - 1) if decay else 0.0
 
 
+def decay_of(trainer: Trainer) -> float:
+    """Return the decay of a trainer's moving average that is in force, 0 without one."""
+    averages = [c for c in trainer.callbacks if isinstance(c, FusedEMA)]  # type: ignore[attr-defined]
+    return averages[0].decay if averages else 0.0
+
+
 class ModelAverage:
     """Moving averages of a module's parameters and buffers; a sharded parameter's average is the same shard of it.
 

@@ -11,7 +11,7 @@ from nepa_plugin.checkpoints import backbone_config, load_backbone, save_backbon
 from nepa_plugin.finetuning import Scores
 from nepa_plugin.finetuning.cost import step_gflops
 from nepa_plugin.methods.cost import TrainingCost
-from nepa_plugin.runtime.averaging import FusedEMA, first_weights
+from nepa_plugin.runtime.averaging import decay_of, first_weights
 from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.provenance import provenance
 from nepa_plugin.training.callbacks import RunClock
@@ -59,18 +59,13 @@ def run_summary(trainer: Trainer, name: str, clock: RunClock, cost: TrainingCost
         "backbone_class": type(method.backbone).__name__,
         "attention": method.attention,
         "exported": "moving average" if method.averaged else method.exported,
-        "ema_decay": _decay(trainer),
-        "first_weights": method.first_weights(trainer.global_step)
-        or first_weights(_decay(trainer), trainer.global_step),
+        "ema_decay": decay_of(trainer),
+        "first_weights": max(
+            method.first_weights(trainer.global_step), first_weights(decay_of(trainer), trainer.global_step)
+        ),
         **asdict(cost),
         **provenance(),
     }
-
-
-def _decay(trainer: Trainer) -> float:
-    """Return the decay of the moving average that was in force, 0 without one."""
-    averages = [c for c in trainer.callbacks if isinstance(c, FusedEMA)]  # type: ignore[attr-defined]
-    return averages[0].decay if averages else 0.0
 
 
 def _of_any_run(trainer: Trainer, clock: RunClock, seed: int | None) -> dict[str, Any]:
@@ -122,7 +117,7 @@ def finetuning_summary(trainer: Trainer, scores: Scores, clock: RunClock, seed: 
     return {
         "method": "fine-tuning",
         **scores.final(),
-        "ema_decay": _decay(trainer),
+        "ema_decay": decay_of(trainer),
         "init_from": module.hparams.get("init_from"),
         "gflops": step_gflops(module.network),
         **_of_any_run(trainer, clock, seed),

@@ -204,6 +204,8 @@ def test_the_command_writes_a_folder(backbone, photos, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{rows[0]['image']}: surprise {float(rows[0]['surprise']):.3f}" in printed
     assert "cosine of patches of one region" in printed
+    both = [sum(float(row[name]) for row in rows) / 2 for name in ("surprise", "surprise_of_copying")]
+    assert f"All 2 images: surprise {both[0]:.3f}, of copying {both[1]:.3f} on average" in printed
 
 
 def test_the_attention_picture_shows_the_heads_asked_for():

@@ -200,7 +200,10 @@ ROWS = [
     (COMPARE + "--evaluate knm", "protocol knm: give one or several of knn"),
     (COMPARE + "--out {file}", "--out {file}: it is no folder."),
     (COMPARE + "--out {request}", "{request}/nepa/seed0.request.json is damaged: "),
-    (COMPARE + "--out {other_request}", "trained with another config or other options than now"),
+    (
+        COMPARE + "--out {other_request}",
+        "{other_request}/nepa/seed0: trained with another config or other options than now",
+    ),
     (COMPARE + "--out {foreign}", "{foreign}/nepa/seed0 is not part of a comparison: choose another --out."),
     (COMPARE + "-- --trainer.max_epohcs 1", "config key `trainer.max_epohcs`: no such option; did you mean"),
     (COMPARE + "-- --trainer.max_epochs 0", "max_epochs must be other than 0, got 0"),
