@@ -105,7 +105,8 @@ def plot_surprise(looks: Sequence[Look], scores: Mapping[str, float]) -> Figure:
     figure, panels = _figure(len(looks), 3)
     for line, one in zip(panels, looks, strict=True):
         _plain(line[0], one.pixels)
-        line[0].set_title(Path(one.name).name[:28], fontsize=8)  # more would reach into the next panel's
+        fits = len(one.name) <= 28  # more would reach into the next panel's
+        line[0].set_title(one.name if fits else Path(one.name).name[:28], fontsize=8)
         both = [each for each in one.maps if each.group == "surprise"]
         known = torch.cat([each.values[each.values.isfinite()] for each in both])
         low, high = float(known.min()), float(known.max())
