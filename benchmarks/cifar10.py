@@ -33,7 +33,8 @@ def subset(source: Path, out: Path, images: dict[str, int]) -> Path:
 
 def command(data: Path, given: argparse.Namespace) -> list[str]:
     """Return the comparison's command line."""
-    configs = [str(ROOT / "lightly_configs" / f"{name}_cifar10.yaml") for name in given.methods]
+    shipped = ROOT / "lightly_configs"
+    configs = [name if name.endswith(".yaml") else str(shipped / f"{name}_cifar10.yaml") for name in given.methods]
     evaluation = ["--evaluate", "finetune,readout,linear,knn", "--recipe", "vit_cifar10"]
     evaluation += ["--finetune.epochs", str(given.tuned), "--finetune.batch_size", "128"]
     size = ["--model.backbone_args", "{embed_dim: 128, depth: 4, num_heads: 4}"]
@@ -52,7 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="CIFAR-10 as folders of images")
     parser.add_argument("--out", type=Path, default=Path("runs/cifar"))
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="NAME", help="NAME_cifar10.yaml each")
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, metavar="NAME", help="NAME_cifar10.yaml each, or a path"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=20, help="of pretraining")
     parser.add_argument("--tuned", type=int, default=12, help="epochs of fine-tuning")
