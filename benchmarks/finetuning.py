@@ -5,31 +5,27 @@ python benchmarks/finetuning.py --pretrain nepa_cifar10 --finetune vit_cifar10 -
     --variant causal:--model.attention=causal --pretrain_options "--trainer.max_epochs 20"
 
 Every run is `nepa pretrain` or `nepa finetune` in a process of its own, in one folder; what has finished is not run
-again, and what was stopped goes on. Writes a CSV with a row per run, and prints the table of means.
+again, and what was stopped goes on. The CSV takes a row per run, beside those that it has, and the means are printed.
 """
 
 import argparse
-import csv
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from once import ROOT, keep, once, weights
+
+from nepa_plugin.runtime.shipped import find
+from nepa_plugin.training.configs import read_config
 
 
-def run(tool: str, folder: Path, *args: str) -> dict[str, object]:
+def run(tool: str, config: str, folder: Path, *args: str, backbone: Path | None = None) -> Any:
     """Run a command to its end in a folder, unless it has been, and return its summary."""
-    if not (folder / "summary.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *args, "--run_dir", str(folder)]
-        command += ["--ckpt_path", "auto", "--trainer.enable_model_summary", "false"]
-        with (folder.parent / f"{folder.name}.log").open("a") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    return json.loads((folder / "summary.json").read_text())
+    depends = [read_config(find(config)), weights(backbone) if backbone else None]
+    command = [str(ROOT / "tools" / f"{tool}.py"), *args, "--config", config, "--trainer.enable_model_summary", "false"]
+    return once(folder, command, depends, "summary.json", ["--run_dir", str(folder), "--ckpt_path", "auto"])
 
 
 def images(data: str) -> list[str]:
@@ -55,39 +51,38 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="where the rows go; OUT/results.csv by default")
     given = parser.parse_args()
     variants = {"": []} | {name: shlex.split(rest) for name, _, rest in (text.partition(":") for text in given.variant)}
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, str]] = []
     for seed in given.seeds:
         seeded = ["--seed_everything", str(seed)]
         start = given.out / f"pretrained-seed{seed}"
         options = [*images(given.data), *shlex.split(given.pretrain_options), *seeded]
-        before = run("pretrain", start, "--config", given.pretrain, *options)
+        before = run("pretrain", given.pretrain, start, *options)
         for epochs in given.epochs:
             for variant, own in variants.items():
                 for source in ("pretrained", "scratch"):
-                    backbone = str(start / "backbone")
-                    init = [backbone] if source == "pretrained" else ["none", "--model.backbone", backbone]
-                    length = ["--data", given.data, "--config", given.finetune, "--trainer.max_epochs", str(epochs)]
+                    backbone = start / "backbone"
+                    pretrained = source == "pretrained"
+                    init = [str(backbone)] if pretrained else ["none", "--model.backbone", str(backbone)]
+                    length = ["--data", given.data, "--trainer.max_epochs", str(epochs)]
                     length += ["--trainer.check_val_every_n_epoch", str(epochs)]
                     options = [*length, *shlex.split(given.finetune_options), *own, *seeded]
                     name = "-".join(filter(None, (source, variant, f"{epochs}epochs", f"seed{seed}")))
-                    found = run("finetune", given.out / name, *init, *options)
+                    weighed = backbone if pretrained else None
+                    place = given.out / name
+                    found = run("finetune", given.finetune, place, *init, *options, backbone=weighed)
                     row = {"source": source, "variant": variant, "pretraining_epochs": before["epochs"]}
                     row |= {"epochs": epochs, "seed": seed, "top1": found["top1"], "seconds": round(found["seconds"])}
-                    rows.append(row)
                     print(json.dumps(row), flush=True)
-    path = given.csv or given.out / "results.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+                    keys = ["source", "variant", "epochs", "seed"]
+                    rows = keep(given.csv or given.out / "results.csv", row, keys)
     print(f"| fine-tuning | {' | '.join(f'{epochs} epochs' for epochs in given.epochs)} |")
     print(f"| --- |{' --- |' * len(given.epochs)}")
     for variant in variants:
         for source in ("pretrained", "scratch"):
             cells = []
             for epochs in given.epochs:
-                key = {"source": source, "variant": variant, "epochs": epochs}
-                found = [float(str(row["top1"])) for row in rows if key.items() <= row.items()]
+                key = {"source": source, "variant": variant, "epochs": str(epochs)}
+                found = [float(row["top1"]) for row in rows if key.items() <= row.items()]
                 cells.append(f"{mean(found):.1f} ({', '.join(f'{value:.1f}' for value in found)})")
             print(f"| {', '.join(filter(None, (source, variant)))} | {' | '.join(cells)} |")
 

@@ -182,3 +182,44 @@ def test_the_first_patches_see_one_another_and_what_is_behind_them_is_predicted(
     found = F.cosine_similarity(model.backbone.norm(x)[:, last:-1], z[:, last + 1 :], dim=-1)
     assert loss.item() == pytest.approx(-found.mean().item(), abs=1e-6)
     assert not any(block._forward_pre_hooks for block in model.backbone.blocks)
+
+
+# -- what takes several sittings --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sittings(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("once")
+
+
+def test_a_command_runs_once_and_what_was_asked_for_in_other_words_is_refused(sittings, tmp_path):
+    code = "import pathlib, sys; p = pathlib.Path(sys.argv[2]); p.mkdir(); (p / 'x.json').write_text(sys.argv[1])"
+    folder, request = tmp_path / "a" / "seed0", tmp_path / "a" / "seed0.request.json"
+    config = {"lr": 0.1}
+    assert sittings.once(folder, ["-c", code, "7"], config, "x.json", [str(folder)]) == 7
+    (folder / "x.json").write_text("8")  # which another run would write over
+    assert sittings.once(folder, ["-c", code, "7"], config, "x.json", ["elsewhere"]) == 8
+    with pytest.raises(SystemExit, match=r"seed0 was made with 7 and not 6: .* delete it and seed0.request.json"):
+        sittings.once(folder, ["-c", code, "6"], config, "x.json", [str(folder)])
+    with pytest.raises(SystemExit, match="made with another config, or other weights: "):
+        sittings.once(folder, ["-c", code, "7"], {"lr": 0.2}, "x.json", [str(folder)])
+    request.unlink()
+    with pytest.raises(SystemExit, match="made with nothing and not -c: "):
+        sittings.once(folder, ["-c", code, "7"], config, "x.json", [str(folder)])
+    assert (folder / "x.json").read_text() == "8" and not request.exists()
+    with pytest.raises(SystemExit, match=r"failed; see .*none.log"):
+        sittings.once(tmp_path / "none", ["-c", "1 / 0"], config, "x.json")
+    assert "ZeroDivisionError" in (tmp_path / "none.log").read_text()
+
+
+def test_rows_of_calls_before_are_kept(sittings, tmp_path):
+    path = tmp_path / "results.csv"
+    for row, seed, score in (("mae", 0, 1.5), ("nepa", 0, 2.5), ("mae", 1, 3.5), ("mae", 0, 4.5)):
+        rows = sittings.keep(path, {"row": row, "seed": seed, "score": score}, ["row", "seed"])
+    assert path.read_text().splitlines() == ["row,seed,score", "mae,0,4.5", "nepa,0,2.5", "mae,1,3.5"]
+    assert rows == [
+        {"row": "mae", "seed": "0", "score": "4.5"},
+        {"row": "nepa", "seed": "0", "score": "2.5"},
+        {"row": "mae", "seed": "1", "score": "3.5"},
+    ]
