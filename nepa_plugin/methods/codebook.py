@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from nepa_plugin.methods.base import Batch, Method
@@ -43,6 +42,8 @@ class Codebook(nn.Module):
                 f"A codebook of {size} needs as many vectors, but the first batch of a device has {len(vectors)}: "
                 "lower codebook_size or raise batch_size_per_device."
             )
+        from sklearn.cluster import MiniBatchKMeans  # a tenth of what a training imports, and two methods need it
+
         kmeans = MiniBatchKMeans(size, batch_size=max(1024, 2 * size), n_init=1, random_state=seed)
         centers = kmeans.fit(vectors.float().cpu().numpy()).cluster_centers_
         return torch.as_tensor(centers)
