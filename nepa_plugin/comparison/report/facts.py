@@ -109,15 +109,21 @@ def inequalities(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
         runs: All runs.
 
     Returns:
-        (lines ``fact: value``, lines ``fact: value (rows); other value (rows)``).
+        (lines ``fact: value``, lines ``fact: value (rows); other value (rows)``); of a row whose seeds are not alike,
+        the seeds are named.
     """
     called = labels(runs)
-    facts = {called[name]: _facts(group[0]) for name, group in by_name(runs).items() if group[0].trained}
+    facts = {name: [_facts(run) for run in group] for name, group in by_name(runs).items() if group[0].trained}
     equal, different = [], []
-    for fact in next(iter(facts.values()), {}):
+    for fact in next(iter(facts.values()), [{}])[0]:
         rows: dict[str, list[str]] = {}
         for name, own in facts.items():
-            rows.setdefault(own.get(fact, "not so"), []).append(name)
+            told = [each.get(fact, "not so") for each in own]
+            seeds = [run.seed for run in by_name(runs)[name]]
+            for value in dict.fromkeys(told):  # a row's runs can come from several sittings, or folders
+                of = ", ".join(str(seed) for seed, other in zip(seeds, told, strict=True) if other == value)
+                alone = len(set(told)) == 1
+                rows.setdefault(value, []).append(called[name] if alone else f"{called[name]} of seed {of}")
         if len(rows) == 1:
             equal.append(f"{fact}: {next(iter(rows))}")
         else:

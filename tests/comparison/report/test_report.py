@@ -225,6 +225,8 @@ def test_says_what_is_not_equal(runs):
     assert "training images: 1400 (abc)" in equal and "global batch: 128" in equal
     runs[2].summary["images_seen"] = 5000
     assert "images seen: 2,560 (NEPA); 5,000 (MAE)" in inequalities(runs)[1]
+    runs[1].summary["images_seen"] = 5000  # another seed of the first row
+    assert "images seen: 2,560 (NEPA of seed 0); 5,000 (NEPA of seed 1, MAE)" in inequalities(runs)[1]
 
 
 def test_files(compared, tmp_path):
