@@ -5,6 +5,7 @@ evaluation in ``evaluation/``; ``OUT/untrained/...`` are the same backbones with
 """
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
+from nepa_plugin.checkpoints import backbone_config, load_backbone, save_backbone, untrained_like, weights_hash
 from nepa_plugin.comparison.attention import look_at_attention
 from nepa_plugin.comparison.child import PARENT
 from nepa_plugin.comparison.evaluating import read_request, request_for
@@ -48,6 +49,8 @@ from nepa_plugin.runtime.reading import read_json
 
 #: The column of fine-tuning with causal attention.
 CAUSAL = "finetune_causal"
+#: The columns of fine-tuning.
+TUNED = ("finetune", CAUSAL)
 #: What an evaluation prints and what became of it.
 LOG = "evaluation.log"
 #: Seconds that a training has for its last checkpoint when the comparison is ended.
@@ -131,9 +134,9 @@ def _compare(
     # one job is the next run's training while this process evaluates; several train and evaluate apart
     apart = processes if what.jobs > 1 else None
 
-    def score(run: Run, place: str) -> None:
+    def score(run: Run, place: str, twin: Run | None = None) -> None:
         if run.error is None:
-            _evaluate(run, what, place, say, apart)
+            _evaluate(run, what, place, say, apart, twin)
         if run.error is None and segmentation is not None:
             _segment(run, segmentation, place, say, processes)
         if run.error is not None:
@@ -154,11 +157,13 @@ def _compare(
                 score(run, place)
         runs = [run for run, _ in planned]
         floors = _untrained(runs, what) if what.floors else []
-        names = [f"{run.name}, seed {run.seed}: " for run in floors]
-        if apart is None:
-            list(map(score, floors, names))
-        else:
-            list(pool.map(score, floors, names))
+        groups = _alike(floors)
+
+        def score_alike(group: list[Run]) -> None:
+            for run in group:
+                score(run, f"{run.name}, seed {run.seed}: ", None if run is group[0] else group[0])
+
+        list(map(score_alike, groups) if apart is None else pool.map(score_alike, groups))
     finally:  # after Ctrl-C, what has not begun must not begin, and what has must end
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()
@@ -203,12 +208,20 @@ def _train(run: Run, arguments: list[str], place: str, say: Say, processes: Proc
         run.error = f"training ended with status {status}: {last_line(log)} (see {log})"
 
 
-def _evaluate(run: Run, what: Comparison, place: str, say: Say, processes: Processes | None = None) -> None:
-    """Evaluate a run as asked, in a process of its own where one can be started."""
+def _evaluate(
+    run: Run, what: Comparison, place: str, say: Say, processes: Processes | None = None, twin: Run | None = None
+) -> None:
+    """Evaluate a run as asked, in a process of its own where one can be started.
+
+    A twin, evaluated before, is the same network but for its attention, which fine-tuning sets: it is not tuned twice.
+    """
     options = what.options_of(run.name)
+    tuned_alike = options.finetune.attention is not None and twin is not None and options == what.options_of(twin.name)
+    shared = {name: twin.results[name] for name in TUNED if name in twin.results} if twin and tuned_alike else {}
+    protocols = [name for name in what.protocols if name not in shared]
     try:
-        done = _results(run, what, options, what.protocols, "evaluation", place, say, processes)
-        if what.causal and "finetune" in what.protocols and _is_predictor(run):
+        done = _results(run, what, options, protocols, "evaluation", place, say, processes) | shared
+        if what.causal and "finetune" in what.protocols and _is_predictor(run) and CAUSAL not in shared:
             tuned = replace(options, finetune=replace(options.finetune, attention="causal"))
             to = "evaluation-causal", f"{place}causal: ", say, processes
             found = _results(run, what, tuned, ["finetune"], *to)
@@ -222,7 +235,7 @@ def _evaluate(run: Run, what: Comparison, place: str, say: Say, processes: Proce
         return
     run.results = {name: done[name] for name in [*what.protocols, CAUSAL] if name in done}
     scores = [f"{name} {result['top1']:.1f}" for name, result in run.results.items() if "top1" in result]
-    say(f"{place}{'  '.join(scores)}")
+    say(f"{place}{'  '.join(scores)}" + (f"  (fine-tuned once for this and {twin.name})" if shared and twin else ""))
 
 
 def _is_predictor(run: Run) -> bool:
@@ -295,6 +308,21 @@ def _untrained(runs: list[Run], what: Comparison) -> list[Run]:
             save_backbone(model, floor.folder / "backbone", overwrite=True)
         floors[name, run.seed] = floor
     return sorted(floors.values(), key=lambda run: (run.name, run.seed))
+
+
+def _alike(floors: list[Run]) -> list[list[Run]]:
+    """Return floors in groups, of which each is one network: of one seed, and alike but for the attention."""
+    groups: dict[tuple[int, str, str], list[Run]] = {}
+    for run in floors:
+        try:
+            model = load_backbone(run.folder / "backbone")
+        except (ValueError, OSError):  # which its own evaluation says
+            groups[run.seed, run.name, ""] = [run]
+            continue
+        network = _architecture(backbone_config(model))
+        network["model_args"].pop("attention", None)
+        groups.setdefault((run.seed, json.dumps(network, sort_keys=True), weights_hash(model)), []).append(run)
+    return list(groups.values())
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from holding import held
 from PIL import Image
 
-from nepa_plugin.comparison import Comparison, ComparisonError, compare
+from nepa_plugin.checkpoints import save_backbone
+from nepa_plugin.comparison import Comparison, ComparisonError, Run, compare
 from nepa_plugin.comparison import run as comparing
 from nepa_plugin.comparison.evaluating import read_request, request_for
 from nepa_plugin.data import digits_folder
@@ -220,6 +223,46 @@ def test_an_evaluation_that_fails_apart_says_why_and_the_others_go_on(finished, 
     assert re.search(r"^evaluation: \S*runs/nepa_digits/seed0/backbone.*\(see .*evaluation.log\)", failed.error)
     assert "Traceback" in (folders[0] / "evaluation.log").read_text()
     assert good.error is None and good.results["linear"]["top1"] > 10
+
+
+def test_networks_that_are_alike_but_for_their_attention_are_fine_tuned_once(tmp_path, monkeypatch):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    floors = []
+    for number, (seed, more) in enumerate(
+        [(0, {"attention": "bidirectional"}), (0, {"attention": "causal"}), (0, {"mlp_ratio": 2.0}), (1, {})]
+    ):
+        torch.manual_seed(seed)
+        model = timm.create_model("nepa_vit_tiny_patch14_224", **(sizes | more))
+        floors.append(Run(f"untrained {number}", seed, tmp_path / str(number)))
+        save_backbone(model, floors[-1].folder / "backbone")
+    (floors[3].folder / "backbone" / "model.safetensors").write_bytes(b"no weights")
+    alike = comparing._alike(floors)
+    assert alike == [floors[:2], floors[2:3], floors[3:]]
+    asked, lines = [], []
+
+    def results(run, what, options, protocols, folder, *rest):
+        asked.append((run.name, options.finetune.attention, list(protocols)))
+        return {name: {"top1": 10.0 * len(asked)} for name in protocols}
+
+    monkeypatch.setattr(comparing, "_results", results)
+    what = comparison(tmp_path, NEPA, protocols=["finetune", "knn"], causal=True)
+    first, second = alike[0]
+    comparing._evaluate(first, what, "first: ", lines.append)
+    comparing._evaluate(second, what, "second: ", lines.append, twin=first)
+    assert asked == [
+        ("untrained 0", "bidirectional", ["finetune", "knn"]),
+        ("untrained 0", "causal", ["finetune"]),
+        ("untrained 1", "bidirectional", ["knn"]),
+    ]
+    assert first.results == {"finetune": {"top1": 10.0}, "knn": {"top1": 10.0}, "finetune_causal": {"top1": 20.0}}
+    assert second.results == first.results | {"knn": {"top1": 30.0}}
+    assert lines[1].endswith("(fine-tuned once for this and untrained 0)") and "once" not in lines[0]
+    asked.clear()
+    own = EvaluationOptions(finetune=FinetuneOptions(attention=None))  # each keeps its own attention
+    comparing._evaluate(second, replace(what, options=own, causal=False), "", lines.append, twin=first)
+    other = {"untrained 1": EvaluationOptions(finetune=FinetuneOptions(epochs=3))}
+    comparing._evaluate(second, replace(what, rows=other, causal=False), "", lines.append, twin=first)
+    assert [protocols for _, _, protocols in asked] == [["finetune", "knn"]] * 2
 
 
 def test_what_an_evaluation_is_asked_survives_its_file(tmp_path):
