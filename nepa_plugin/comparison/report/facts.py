@@ -1,12 +1,16 @@
 """What is equal between the rows of a comparison, what is not, and what failed."""
 
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.methods import labels
-from nepa_plugin.comparison.report.scores import by_name
+from nepa_plugin.comparison.report.scores import by_name, values
 from nepa_plugin.runtime.averaging import MOST_FIRST_WEIGHTS, first_weights
+
+#: Points by which fine-tuning may be below the linear probe without a word.
+BELOW_PROBE = 1.0
 
 
 def failures(runs: Sequence[Run]) -> list[str]:
@@ -15,8 +19,13 @@ def failures(runs: Sequence[Run]) -> list[str]:
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
-    """Return a sentence per row whose score is that of an average which has not forgotten the first weights."""
+    """Return a sentence per row whose score says less of its network than it seems to.
+
+    That is an average which has not forgotten the first weights, or a fine-tuning that ends below what a linear
+    classifier reads from the same network frozen.
+    """
     called, said = labels(runs), []
+    scored = {column: values(runs, column) for column in ("finetune", "linear")}
     for name, group in by_name(runs).items():
         momentum = group[0].summary.get("exported") == "teacher_backbone"
         exported = ("exports a momentum encoder", "momentum") if momentum else ("exports a moving average", "ema_decay")
@@ -28,6 +37,15 @@ def caveats(runs: Sequence[Run]) -> list[str]:
                     f"Beware: {called[name]} {what}, and {share:.0%} of it are the first weights still: lower its "
                     f"{option}{remedy}."
                 )
+        if not all(name in rows for rows in scored.values()):
+            continue
+        reached, probe = (mean(rows[name]) for rows in scored.values())
+        if probe - reached > BELOW_PROBE:
+            said.append(
+                f"Beware: {called[name]} fine-tuned, {reached:.1f} %, is below the linear probe of its frozen "
+                f"features, {probe:.1f} %: its fine-tuning is too short, or its learning rate too small, to tell what "
+                "the network can do."
+            )
     return said
 
 

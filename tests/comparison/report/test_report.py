@@ -139,6 +139,19 @@ def compared():
     return found
 
 
+def test_fine_tuning_below_the_networks_own_linear_probe_is_said_at_once(compared, tmp_path):
+    for each, linear in zip(compared, (92.4, 92.6, 95.0, 95.0, 60.0, 60.0, 60.0, 60.0), strict=True):
+        each.results["linear"]["top1"] = linear
+        each.results["finetune"]["ema_decay"] = 0.9
+    (said,) = caveats(compared)  # half a point below, as NEPA, is not worth a word
+    assert said.startswith("Beware: MAE fine-tuned, 93.0 %, is below the linear probe of its frozen features, 95.0 %: ")
+    write_report(compared, tmp_path, "compare")
+    assert said in (tmp_path / "report.md").read_text().partition("Who is ahead")[0]
+    for each in compared:
+        del each.results["finetune"]
+    assert caveats(compared) == []
+
+
 def test_many_rows_of_nepa_are_beside_the_first_one_given():
     """Pooled deviation 1, so that two means of two seeds differ by more than noise beyond 2.8."""
     found = []
