@@ -11,6 +11,8 @@ from nepa_plugin.runtime.files import write_json
 from nepa_plugin.runtime.reading import FileContentError, read_json
 
 RESULTS_NAME = "results.json"
+#: Points by which fine-tuning may be below the linear probe without a word.
+BELOW_PROBE = 1.0
 
 
 def write_results(results: dict[str, Any], folder: str | Path) -> Path:
@@ -93,6 +95,21 @@ def readout_rows(results: dict[str, Any], name: str = "pretrained") -> dict[str,
     return {model: [ReadoutRow(**row) for row in entry[key]] for model, key in keys.items() if key in entry}
 
 
+def too_short(tuned: float, probe: float) -> str | None:
+    """Return in words that fine-tuning ends below what a linear classifier reads from the network frozen, if it does.
+
+    Args:
+        tuned: Accuracy of fine-tuning in per cent.
+        probe: That of the linear probe.
+    """
+    if probe - tuned <= BELOW_PROBE:
+        return None
+    return (
+        f"fine-tuned, {tuned:.1f} %, is below the linear probe of its frozen features, {probe:.1f} %: its fine-tuning "
+        "is too short, or its learning rate too small, to tell what the network can do."
+    )
+
+
 def tables(results: dict[str, Any]) -> list[Table]:
     """Return the results as tables for ``rich``: one of the protocols, and one per network of the readout."""
     entries = results["protocols"]
@@ -102,6 +119,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
         for protocol, entry in entries.items():
             if "top1" in entry:
                 table.add_row(protocol, f"{entry['top1']:.1f}", f"{entry['seconds']:.1f}")
+        if "finetune" in entries and "linear" in entries:
+            table.caption = too_short(entries["finetune"]["top1"], entries["linear"]["top1"])
         found.append(table)
     if "readout" in entries:
         for model, rows in readout_rows(results).items():

@@ -320,3 +320,15 @@ def test_finetune_and_attentive_learn_the_digits(tmp_path):
     assert tuned["top1"] > 90
     before = evaluate(start, "digits", ["attentive"], options)["protocols"]["attentive"]
     assert before["top1"] < 80  # it is the backbone that knows
+
+
+def test_fine_tuning_below_the_linear_probe_is_said_under_the_table():
+    def caption(tuned, probe):
+        scores = {"finetune": {"top1": tuned, "seconds": 9.0}, "linear": {"top1": probe, "seconds": 1.0}}
+        (table,) = tables({"backbone": {"source": "a"}, "protocols": scores})
+        return table.caption
+
+    assert caption(35.4, 39.4).startswith(
+        "fine-tuned, 35.4 %, is below the linear probe of its frozen features, 39.4 %"
+    )
+    assert caption(39.0, 39.4) is None and caption(60.0, 39.4) is None

@@ -7,10 +7,8 @@ from typing import Any
 from nepa_plugin.comparison.plan import Run
 from nepa_plugin.comparison.report.methods import labels
 from nepa_plugin.comparison.report.scores import by_name, values
+from nepa_plugin.evaluation.results import too_short
 from nepa_plugin.runtime.averaging import MOST_FIRST_WEIGHTS, first_weights
-
-#: Points by which fine-tuning may be below the linear probe without a word.
-BELOW_PROBE = 1.0
 
 
 def failures(runs: Sequence[Run]) -> list[str]:
@@ -39,13 +37,8 @@ def caveats(runs: Sequence[Run]) -> list[str]:
                 )
         if not all(name in rows for rows in scored.values()):
             continue
-        reached, probe = (mean(rows[name]) for rows in scored.values())
-        if probe - reached > BELOW_PROBE:
-            said.append(
-                f"Beware: {called[name]} fine-tuned, {reached:.1f} %, is below the linear probe of its frozen "
-                f"features, {probe:.1f} %: its fine-tuning is too short, or its learning rate too small, to tell what "
-                "the network can do."
-            )
+        if words := too_short(*(mean(rows[name]) for rows in scored.values())):
+            said.append(f"Beware: {called[name]} {words}")
     return said
 
 
