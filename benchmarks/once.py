@@ -1,7 +1,6 @@
 """What scripts share that run many commands, over several sittings, into one folder."""
 
 import csv
-import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from nepa_plugin.runtime.files import file_hash, whole_file, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,8 +40,7 @@ def once(folder: Path, command: Sequence[str], config: Any, result: str, moving:
             f"delete it and {asked.name} to run it again."
         )
     if not (folder / result).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        asked.write_text(json.dumps(wanted))
+        write_json(asked, wanted)
         with log.open("a") as file:
             env = dict(os.environ, PYTHONPATH=str(ROOT))
             if subprocess.run([sys.executable, *command, *moving], stdout=file, stderr=file, env=env).returncode:
@@ -50,7 +50,7 @@ def once(folder: Path, command: Sequence[str], config: Any, result: str, moving:
 
 def weights(backbone: Path) -> str:
     """Return the hash of a backbone's weights."""
-    return hashlib.sha256((backbone / "model.safetensors").read_bytes()).hexdigest()
+    return file_hash(backbone / "model.safetensors")
 
 
 def _other(before: Sequence[str], now: Sequence[str]) -> str:
@@ -73,10 +73,8 @@ def keep(path: Path, row: dict[str, object], keys: Sequence[str]) -> list[dict[s
         rows[same[0]] = new
     else:
         rows.append(new)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", newline="") as file:
+    with whole_file(path) as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(new))
         writer.writeheader()
         writer.writerows(rows)
-    part.replace(path)
     return rows
