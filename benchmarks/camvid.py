@@ -19,15 +19,22 @@ from once import ROOT, keep, once, weights
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.training.configs import read_config
 
-ROWS = ["nepa", "nepa_plus", "mae"]
+ROWS = ["nepa", "nepa_plus", "mae", "benchmarks/better/cifar10/nepa_mlp_infonce.yaml"]
 SIZE = "{embed_dim: 192, depth: 6, num_heads: 3}"
 CONFIG = ROOT / "mmseg_configs" / "nepa_small_camvid.py"
 
 
+def config_of(row: str) -> Path:
+    """Return the file of a row: a method's name, or a path from here or from the repository."""
+    if not row.endswith(".yaml"):
+        return ROOT / "lightly_configs" / f"{row}_cifar10.yaml"
+    return Path(row).resolve() if Path(row).is_file() else ROOT / row
+
+
 def pretrain(row: str, seed: int, given: argparse.Namespace) -> Path:
     """Pretrain a row, unless it has been, and return its backbone."""
-    folder = given.out / row / f"seed{seed}"
-    config = ROOT / "lightly_configs" / f"{row}_cifar10.yaml"
+    config = config_of(row)
+    folder = given.out / config.stem.removesuffix("_cifar10") / f"seed{seed}"
     command = [str(ROOT / "tools" / "pretrain.py"), "--config", str(config)]
     command += ["--data.train_dir", str(given.source / "images" / "training")]
     command += ["--model.img_size", "192", "--model.patch_size", "16", "--model.backbone_args", SIZE]
@@ -66,17 +73,23 @@ def main() -> None:
         "source", type=Path, help="CamVid: images/ and annotations/, each with training/ and validation/"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"))
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
+    parser.add_argument(
+        "--rows", nargs="+", default=ROWS, metavar="NAME", help="lightly_configs/NAME_cifar10.yaml each, or a path"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=60, help="of pretraining, 11 steps each")
     given = parser.parse_args()
     given.source = given.source.resolve()
     if not (given.source / "images" / "training").is_dir():
         raise SystemExit(f"error: no folder {given.source / 'images' / 'training'}.")
+    for row in given.rows:
+        if not config_of(row).is_file():
+            raise SystemExit(f"error: no file {config_of(row)} of row {row}.")
     os.environ["CAMVID"] = str(given.source)  # where the config of segmentation looks
     rows: list[dict[str, str]] = []
     for seed in given.seeds:
-        backbones = {row: pretrain(row, seed, given) for row in given.rows}
+        trained = [pretrain(row, seed, given) for row in given.rows]
+        backbones = {backbone.parents[1].name: backbone for backbone in trained}
         for like in list(backbones.values()):
             floor = untrained(like, seed, given)
             backbones[floor.parents[1].name] = floor

@@ -223,3 +223,19 @@ def test_rows_of_calls_before_are_kept(sittings, tmp_path):
         {"row": "nepa", "seed": "0", "score": "2.5"},
         {"row": "mae", "seed": "1", "score": "3.5"},
     ]
+
+
+def test_a_row_of_camvid_is_a_name_or_a_path(sittings, monkeypatch, tmp_path):
+    pytest.importorskip("mmengine")
+    camvid = importlib.import_module("camvid")
+    monkeypatch.chdir(tmp_path)
+    for row in camvid.ROWS:
+        read_config(camvid.config_of(row))
+    assert camvid.config_of("mae") == camvid.ROOT / "lightly_configs" / "mae_cifar10.yaml"
+    (tmp_path / "own.yaml").write_text("base: x\n")
+    assert camvid.config_of("own.yaml") == tmp_path / "own.yaml"
+    (tmp_path / "data" / "images" / "training").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["camvid.py", "data", "--rows", "mae", "mea"])
+    with pytest.raises(SystemExit, match=r"no file .*mea_cifar10.yaml of row mea\."):
+        camvid.main()
+    assert not (tmp_path / "runs").exists()
