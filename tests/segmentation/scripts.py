@@ -1,6 +1,7 @@
 """mmsegmentation's own scripts, each run in a process that finds the libraries loaded."""
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["nepa_plugin.segmentation", "mmseg.apis", "mmengine.runner"])
+_CONTEXT.set_forkserver_preload(["nepa_plugin.segmentation", "mmseg.apis", "mmengine.runner", "matplotlib.pyplot"])
 
 
 def script(name):
@@ -26,6 +27,9 @@ def _run(path, arguments, output, environment):
     os.dup2(descriptor, 2)
     runner = importlib.import_module("mmengine.runner.runner")
     runner.collect_env = dict  # it asks compilers for their versions, for a second
+    config = importlib.import_module("mmengine.config.config")
+    config.FormatCode = lambda text, **_: (text, True)  # it breaks the config's lines where they read best, for another
+    gc.freeze()  # and a dataset collects garbage among all that was loaded
     sys.argv = [str(path), *arguments]
     with (
         contextlib.redirect_stdout(open(1, "w", closefd=False)),
