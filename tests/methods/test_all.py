@@ -22,8 +22,8 @@ from nepa_plugin.training.configs import read_config
 MARGIN = {name: 10 if name == "ibot" else 15 for name in METHODS}
 #: Epochs of a network of two layers in which that is so: the losses of DINO and iBOT first fall, then rise while the
 #: centre of the teacher's outputs catches up, and fall again.
-EPOCHS = {name: 10 for name in METHODS} | dict.fromkeys(["byol", "simsiam", "simclr", "lejepa"], 5)
-EPOCHS |= {"nepa": 7, "aim": 14, "beit": 16, "ibot": 16}
+EPOCHS = dict.fromkeys(["nepa", "mocov3", "dino", "ijepa"], 7) | dict.fromkeys(["nepa_plus", "igpt"], 6)
+EPOCHS |= {"beit": 16, "ibot": 16, "aim": 14, "mae": 9, "byol": 5, "simsiam": 5, "lejepa": 5, "cpc": 4, "simclr": 3}
 
 
 def test_every_method_has_its_configs():
