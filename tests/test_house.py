@@ -44,7 +44,7 @@ def test_no_circles():
         ("nepa_plugin", ("lightly", "pytorch_lightning", "mmengine", "mmcv", "mmseg")),
         ("nepa_plugin.segmentation, nepa_plugin.segmentation.scenes", ("lightly", "pytorch_lightning")),
         ("nepa_plugin.methods, nepa_plugin.training.cli, nepa_plugin.evaluation", ("mmengine", "mmcv", "mmseg")),
-        ("nepa_plugin.methods, nepa_plugin.training.cli", ("sklearn",)),
+        ("nepa_plugin.methods, nepa_plugin.training.cli, nepa_plugin.comparison", ("sklearn", "pandas")),
     ],
 )
 def test_what_is_not_needed_is_not_imported(imported, absent):

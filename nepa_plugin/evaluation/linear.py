@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightly.utils.benchmarking import LinearClassifier
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from nepa_plugin.data.evaluation import ImageFormat
@@ -96,6 +92,12 @@ def logistic_probe(
     Raises:
         ValueError: If the labels cannot be scored.
     """
+    # a tenth of a command's start, pandas with it, and most commands have no use for it
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     check_labels(train_labels, val_labels)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
     with warnings.catch_warnings():
