@@ -15,20 +15,14 @@ from statistics import mean
 
 from mmengine.config import Config
 from once import ROOT, keep, once, weights
+from rows import BETTER, config_of
 
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.training.configs import read_config
 
-ROWS = ["nepa", "nepa_plus", "mae", "benchmarks/better/cifar10/nepa_mlp_infonce.yaml"]
+ROWS = ["nepa", f"{BETTER}/nepa_mlp_horizon4.yaml", f"{BETTER}/nepa_mlp_infonce.yaml", "mae"]
 SIZE = "{embed_dim: 192, depth: 6, num_heads: 3}"
 CONFIG = ROOT / "mmseg_configs" / "nepa_small_camvid.py"
-
-
-def config_of(row: str) -> Path:
-    """Return the file of a row: a method's name, or a path from here or from the repository."""
-    if not row.endswith(".yaml"):
-        return ROOT / "lightly_configs" / f"{row}_cifar10.yaml"
-    return Path(row).resolve() if Path(row).is_file() else ROOT / row
 
 
 def pretrain(row: str, seed: int, given: argparse.Namespace) -> Path:
@@ -83,8 +77,7 @@ def main() -> None:
     if not (given.source / "images" / "training").is_dir():
         raise SystemExit(f"error: no folder {given.source / 'images' / 'training'}.")
     for row in given.rows:
-        if not config_of(row).is_file():
-            raise SystemExit(f"error: no file {config_of(row)} of row {row}.")
+        config_of(row)
     os.environ["CAMVID"] = str(given.source)  # where the config of segmentation looks
     rows: list[dict[str, str]] = []
     for seed in given.seeds:

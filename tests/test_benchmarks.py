@@ -225,15 +225,15 @@ def test_rows_of_calls_before_are_kept(sittings, tmp_path):
     ]
 
 
-def test_a_row_of_camvid_is_a_name_or_a_path(sittings, monkeypatch, tmp_path):
+def test_a_row_is_a_name_or_a_path(sittings, monkeypatch, tmp_path):
     pytest.importorskip("mmengine")
-    camvid = importlib.import_module("camvid")
+    rows, cifar10, camvid = map(importlib.import_module, ("rows", "cifar10", "camvid"))
     monkeypatch.chdir(tmp_path)
-    for row in camvid.ROWS:
-        read_config(camvid.config_of(row))
-    assert camvid.config_of("mae") == camvid.ROOT / "lightly_configs" / "mae_cifar10.yaml"
+    for row in (*camvid.ROWS, *cifar10.METHODS):
+        assert read_config(rows.config_of(row))["model"]["class_path"].startswith("nepa_plugin.methods.")
+    assert rows.config_of("mae") == rows.ROOT / "lightly_configs" / "mae_cifar10.yaml"
     (tmp_path / "own.yaml").write_text("base: x\n")
-    assert camvid.config_of("own.yaml") == tmp_path / "own.yaml"
+    assert rows.config_of("own.yaml") == tmp_path / "own.yaml"
     (tmp_path / "data" / "images" / "training").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["camvid.py", "data", "--rows", "mae", "mea"])
     with pytest.raises(SystemExit, match=r"no file .*mea_cifar10.yaml of row mea\."):

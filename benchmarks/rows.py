@@ -1,0 +1,21 @@
+"""Which config a row of a benchmark has."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BETTER = "benchmarks/better/cifar10"
+
+
+def config_of(row: str) -> Path:
+    """Return the file of a row: that of a method's name, or of a path from here or from the repository.
+
+    Raises:
+        SystemExit: If there is no such file.
+    """
+    if not row.endswith(".yaml"):
+        path = ROOT / "lightly_configs" / f"{row}_cifar10.yaml"
+    else:
+        path = Path(row).resolve() if Path(row).is_file() else ROOT / row
+    if not path.is_file():
+        raise SystemExit(f"error: no file {path} of row {row}.")
+    return path
