@@ -20,7 +20,7 @@ from rows import BETTER, config_of
 from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
 from nepa_plugin.training.configs import read_config
 
-ROWS = ["nepa", f"{BETTER}/nepa_mlp_horizon4.yaml", f"{BETTER}/nepa_mlp_infonce.yaml", "mae"]
+ROWS = ["nepa", *BETTER, "mae"]
 SIZE = "{embed_dim: 192, depth: 6, num_heads: 3}"
 CONFIG = ROOT / "mmseg_configs" / "nepa_small_camvid.py"
 
