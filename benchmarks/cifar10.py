@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from rows import BETTER, ROOT, config_of
+from once import ROOT
+from rows import BETTER, config_of
 
 METHODS = ["nepa", *BETTER, "mae", "simclr", "dino", "aim"]
 IMAGES = {"train": 1000, "test": 200}

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from once import ROOT
+
 #: NEPA's options that the two benchmarks compare with NEPA as published.
 BETTER = [f"benchmarks/better/cifar10/nepa_mlp_{name}.yaml" for name in ("horizon4", "infonce", "horizon4_infonce")]
 
