@@ -15,13 +15,13 @@ from statistics import mean
 
 from mmengine.config import Config
 from once import ROOT, keep, once, weights
-from rows import BETTER, config_of
+from rows import BETTER, config_of, of_size
 
-from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like
+from nepa_plugin.checkpoints import load_backbone, save_backbone, untrained_like, weights_hash
 from nepa_plugin.training.configs import read_config
 
 ROWS = ["nepa", *BETTER, "mae"]
-SIZE = "{embed_dim: 192, depth: 6, num_heads: 3}"
+SIZE = of_size(embed_dim=192, depth=6, num_heads=3)
 CONFIG = ROOT / "mmseg_configs" / "nepa_small_camvid.py"
 
 
@@ -31,7 +31,7 @@ def pretrain(row: str, seed: int, given: argparse.Namespace) -> Path:
     folder = given.out / config.stem.removesuffix("_cifar10") / f"seed{seed}"
     command = [str(ROOT / "tools" / "pretrain.py"), "--config", str(config)]
     command += ["--data.train_dir", str(given.source / "images" / "training")]
-    command += ["--model.img_size", "192", "--model.patch_size", "16", "--model.backbone_args", SIZE]
+    command += ["--model.img_size", "192", "--model.patch_size", "16", *SIZE]
     command += ["--data.batch_size_per_device", "32", "--global_batch_size", "32", "--model.base_lr", "8e-3"]
     command += ["--model.warmup_fraction", "0.1", "--trainer.max_epochs", str(given.epochs)]
     command += ["--seed_everything", str(seed), "--trainer.log_every_n_steps", "5"]
@@ -43,8 +43,11 @@ def untrained(like: Path, seed: int, given: argparse.Namespace) -> Path:
     """Write the same network with fresh weights, and return its folder."""
     model = load_backbone(like)
     folder = given.out / f"untrained {type(model).__name__}" / f"seed{seed}" / "backbone"
+    fresh = untrained_like(model, seed=seed)
     if not folder.is_dir():
-        save_backbone(untrained_like(model, seed=seed), folder)
+        save_backbone(fresh, folder)
+    elif weights_hash(fresh) != weights_hash(load_backbone(folder)):
+        raise SystemExit(f"error: {like} is another network than that of {folder}: give it an --out of its own.")
     return folder
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from once import ROOT
-from rows import BETTER, config_of
+from rows import BETTER, config_of, of_size
 
 METHODS = ["nepa", *BETTER, "mae", "simclr", "dino", "aim"]
 IMAGES = {"train": 1000, "test": 200}
@@ -46,7 +46,7 @@ def command(data: Path, given: argparse.Namespace) -> list[str]:
     configs = [str(config_of(row)) for row in given.methods]
     evaluation = ["--evaluate", "finetune,readout,linear,knn", "--recipe", "vit_cifar10"]
     evaluation += ["--finetune.epochs", str(given.tuned), *TUNING]
-    size = ["--model.backbone_args", "{embed_dim: 128, depth: 4, num_heads: 4}"]
+    size = of_size(embed_dim=128, depth=4, num_heads=4)
     recipe = ["--global_batch_size", "128", "--data.batch_size_per_device", "128", "--model.base_lr", "2e-3"]
     recipe += ["--model.warmup_fraction", "0.05", "--trainer.check_val_every_n_epoch", "5"]
     return [

@@ -1,4 +1,4 @@
-"""Which config a row of a benchmark has."""
+"""Which config a row of a benchmark has, and of what size its backbone is."""
 
 from pathlib import Path
 
@@ -21,3 +21,8 @@ def config_of(row: str) -> Path:
     if not path.is_file():
         raise SystemExit(f"error: no file {path} of row {row}.")
     return path
+
+
+def of_size(**sizes: int) -> list[str]:
+    """Return the options that give a row's backbone these sizes, and leave its other arguments as they are."""
+    return [part for name, size in sizes.items() for part in (f"--model.backbone_args.{name}", str(size))]

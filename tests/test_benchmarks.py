@@ -1,5 +1,6 @@
 """The script for the first GPU, at toy size, whose failures leave the other parts; two hosts; what is to be tried."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -9,10 +10,14 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import yaml
 
+from nepa_plugin import save_backbone
 from nepa_plugin.methods import NEPA
+from nepa_plugin.training.cli import base_config, main
 from nepa_plugin.training.configs import read_config
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
@@ -239,3 +244,30 @@ def test_a_row_is_a_name_or_a_path(sittings, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"no file .*mea_cifar10.yaml of row mea\."):
         camvid.main()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("row", ["mae", "simclr"])
+def test_a_size_leaves_the_other_arguments_of_a_backbone(sittings, row, capsys):
+    rows, cifar10 = map(importlib.import_module, ("rows", "cifar10"))
+    given = argparse.Namespace(methods=[row], out=Path("runs/x"), seeds=[0], jobs=2, tuned=12, epochs=20)
+    line = cifar10.command(Path("data"), given)
+    options = line[line.index("--") + 1 :]
+    with pytest.raises(SystemExit) as end:
+        main(["--config", str(rows.config_of(row)), *options, "--data.train_dir", "x", "--print_config"], base_config())
+    assert not end.value.code
+    built = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["backbone_args"]
+    own = read_config(rows.config_of(row))["model"]["init_args"].get("backbone_args", {})
+    assert built == own | {"embed_dim": 128, "depth": 4, "num_heads": 4}
+    assert ("attention" in own) == (row == "simclr")
+
+
+def test_a_floor_of_another_network_is_not_taken(sittings, tmp_path):
+    pytest.importorskip("mmengine")
+    camvid = importlib.import_module("camvid")
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "num_heads": 2}
+    networks = [timm.create_model("nepa_vit_tiny_patch14_224", depth=depth, **sizes) for depth in (1, 1, 2)]
+    folders = [save_backbone(network, tmp_path / f"row{i}") for i, network in enumerate(networks)]
+    given = argparse.Namespace(out=tmp_path / "out")
+    assert camvid.untrained(folders[0], 0, given) == camvid.untrained(folders[1], 0, given)
+    with pytest.raises(SystemExit, match=r"row2 is another network than that of .*: give it an --out of its own"):
+        camvid.untrained(folders[2], 0, given)

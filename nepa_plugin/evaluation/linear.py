@@ -92,13 +92,13 @@ def logistic_probe(
     Raises:
         ValueError: If the labels cannot be scored.
     """
+    check_labels(train_labels, val_labels)
     # a tenth of a command's start, pandas with it, and most commands have no use for it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    check_labels(train_labels, val_labels)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
     with warnings.catch_warnings():
         # features of an untrained network are nearly collinear; the accuracy has settled long before the weights
