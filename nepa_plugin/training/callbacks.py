@@ -189,9 +189,9 @@ class EpochLines(Callback):
         if not trainer.is_global_zero:
             return
         values = [f"loss {float(metrics['epoch_loss']):.4g}"]
-        scored = [name for name in ("val_online_cls_top1", "val_top1") if name in metrics]
-        if self._validated and scored:
-            values.append(f"val top-1 {float(metrics[scored[0]]):.4g}")
+        for word, name in (("online probe top-1", "val_online_cls_top1"), ("val top-1", "val_top1")):
+            if self._validated and name in metrics:
+                values.append(f"{word} {float(metrics[name]):.4g}")
         now = self.clock.state_dict()
         seconds = now["seconds"] - self._start["seconds"]
         if seconds > 0:

@@ -35,7 +35,7 @@ def test_each_line_is_its_epochs_own(tmp_path, capsys, monkeypatch):
     assert len(lines) == 5 and list(losses) == list(range(15)) and len(scores) == 2
     for epoch, line in enumerate(lines):
         mean = sum(losses[3 * epoch + step] for step in range(3)) / 3
-        score = f"  val top-1 {scores[3 * epoch + 2]:.4g}" if epoch % 2 else ""
+        score = f"  online probe top-1 {scores[3 * epoch + 2]:.4g}" if epoch % 2 else ""
         speed = f"  images/s {128 / (epoch + 1):.4g}"
         assert line == f"epoch {epoch + 1}/5  step {3 * epoch + 3}  loss {mean:.4g}{score}{speed}"
 

@@ -46,7 +46,7 @@ def write_report(
     figures = {
         "compute": ("Accuracy against cost", plot_compute(runs)),
         "readout": ("Where the information is: linear probe by depth", plot_readout(runs)),
-        "probe": ("Online probe during training", plot_online_probe(runs)),
+        "probe": ("Online probe in training: do features improve? Not: which are better", plot_online_probe(runs)),
         "loss": ("Training loss", plot_losses(runs)),
     }
     last = {}
