@@ -5,12 +5,13 @@ import os
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from lightly.data import LightlyDataset
 from PIL import Image
@@ -31,6 +32,9 @@ MAX_PIXELS = 178_956_970
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 #: Bytes at the beginning and the end of each file that are looked at.
 _ENDS = 4096
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 # pixel_limit is the bound, and Pillow warns from half of it on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -146,8 +150,7 @@ def check_files(root: str | Path, files: list[str], max_pixels: int = MAX_PIXELS
     root = Path(root).resolve()
 
     def look() -> Check:
-        with _file_threads() as pool:
-            found = list(pool.map(lambda file: _examine_file(str(root / file), max_pixels), files))
+        found = in_threads(lambda file: _examine_file(os.path.join(root, file), max_pixels), files)
         bad = {file: why for file, (why, _) in zip(files, found, strict=True) if why}
         stats = zip(files, _stats(root, files), found, strict=True)
         sizes = sorted((file, info[1], digest) for file, info, (_, digest) in stats)
@@ -190,13 +193,12 @@ def _stats(root: Path, files: list[str]) -> list[tuple[str, int, int]]:
 
     def one(file: str) -> tuple[str, int, int]:
         try:
-            info = (root / file).stat()
+            info = os.stat(os.path.join(root, file))  # a Path for each would take longer than the call
         except OSError:
             return file, -1, 0
         return file, info.st_size, info.st_mtime_ns
 
-    with _file_threads() as pool:
-        return list(pool.map(one, files))
+    return in_threads(one, files)
 
 
 def files_signature(root: str | Path, files: list[str], times: bool = True) -> str:
@@ -205,8 +207,22 @@ def files_signature(root: str | Path, files: list[str], times: bool = True) -> s
     return hashlib.sha256(repr(stats if times else [info[:2] for info in stats]).encode()).hexdigest()
 
 
-def _file_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1)))
+def in_threads(function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+    """Return what a function that waits for files returns for each item, in order; several at a time.
+
+    Args:
+        function: What is called in threads; its first error is raised.
+        items: Its arguments.
+
+    Returns:
+        The results.
+    """
+    threads = min(32, 4 * (os.cpu_count() or 1))
+    # A task's own cost is many times that of a call on a local disk, and there may be millions of files.
+    length = max(1, min(64, len(items) // (8 * threads)))
+    parts = [items[start : start + length] for start in range(0, len(items), length)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(chain.from_iterable(pool.map(lambda part: [function(item) for item in part], parts)))
 
 
 def fingerprint(images: Any) -> str:

@@ -4,7 +4,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from nepa_plugin.data.errors import DataError
-from nepa_plugin.data.files import IMAGE_ERRORS, pixel_limit
+from nepa_plugin.data.files import IMAGE_ERRORS, in_threads, pixel_limit
 from nepa_plugin.data.pipelines import PilPipeline, ViewKey
 from nepa_plugin.data.samples import EpochBatchSampler, SampleKey, torch_seeded
 from nepa_plugin.data.tables import Table
@@ -221,8 +220,8 @@ def _file_sizes(images: Any, indices: Sequence[int]) -> list[Grid]:
         with Image.open(os.path.join(images.input_dir, files[index])) as image:
             return image.size
 
-    with pixel_limit(None), ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        return list(pool.map(one, indices))
+    with pixel_limit(None):
+        return in_threads(one, indices)
 
 
 def _table_sizes(images: Any, indices: Sequence[int]) -> list[Grid]:

@@ -1,10 +1,12 @@
 """Image folders as they are found: links, pipes, permissions, sizes, and what is left out."""
 
+import hashlib
 import json
 import os
 import shutil
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,11 +20,13 @@ from nepa_plugin.data import (
     check_files,
     content_fingerprint,
     eval_transform,
+    files,
     find_bad_images,
     fingerprint,
     image_folder,
 )
 from nepa_plugin.data.cache import private_folder
+from nepa_plugin.data.files import files_signature
 from nepa_plugin.data.pipelines import FileDataset, build_pipeline
 from nepa_plugin.data.samples import SeededDataset
 
@@ -211,6 +215,35 @@ def test_fingerprints_of_copies_and_of_other_images(folder, tmp_path):
     picture(9).save(tmp_path / "other" / "a" / "1.bmp")
     images, other = image_folder(folder), image_folder(tmp_path / "other")
     assert fingerprint(images) == fingerprint(other) and content_fingerprint(images) != content_fingerprint(other)
+
+
+def test_a_signature_says_size_and_time_of_every_file_in_order(folder):
+    """A hash of (name, size, time) of all, -1 and 0 where a file is gone: records of earlier checks stay valid."""
+    names = [f"{'ab'[i // 3]}/{i}.png" for i in (4, 0, 5)] + ["a/gone.png"]
+    stats = [(name, (folder / name).stat()) for name in names[:3]]
+    whole = [(name, info.st_size, info.st_mtime_ns) for name, info in stats] + [("a/gone.png", -1, 0)]
+    assert files_signature(folder, names) == hashlib.sha256(repr(whole).encode()).hexdigest()
+    sizes = [info[:2] for info in whole]
+    assert files_signature(folder, names, times=False) == hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("number", [0, 1, 63, 5000])
+def test_threads_give_results_in_order_and_many_items_to_a_task(number, monkeypatch):
+    tasks = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args):
+            tasks.append(args)
+            return super().submit(*args)
+
+    monkeypatch.setattr(files, "ThreadPoolExecutor", Pool)
+    assert files.in_threads(lambda x: x * x, range(number)) == [x * x for x in range(number)]
+    assert len(tasks) <= max(300, number / 60)  # eight for each of at most 32 threads, then 64 items in each
+
+
+def test_an_error_in_a_thread_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        files.in_threads(lambda x: 1 // x, [3, 2, 1, 0, 4])
 
 
 # -- the record of a check ---------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 import pytest
 import torch
 
-from nepa_plugin.methods import NEPA
+from nepa_plugin.methods import NEPA, cost
 from nepa_plugin.methods.cost import training_cost
 
 D, DEPTH, T, PATCH = 32, 2, 17, 4 * 4 * 3
 
 
-@pytest.fixture
-def method():
+@pytest.fixture(params=["computed", "valueless"])
+def method(request, monkeypatch):
+    """A small one, which is counted as it is and as a large one would be."""
+    if request.param == "valueless":
+        monkeypatch.setattr(cost, "SMALL", 0)
     torch.manual_seed(0)
     size = {"embed_dim": D, "depth": DEPTH, "num_heads": 2}
     return NEPA(8, 3, backbone="nepa_vit_tiny_patch14_224", img_size=16, patch_size=4, backbone_args=size)
@@ -18,12 +21,12 @@ def test_equals_the_formula_of_a_transformer(method):
     """Per token and block 12 D^2 weights, and two T x T products per head; backward is twice forward."""
     blocks = DEPTH * (T * 2 * 12 * D * D + 2 * 2 * T * T * D)
     embedding = (T - 1) * 2 * PATCH * D
-    cost = training_cost(method)
+    counted = training_cost(method)
     # nothing needs the gradient of the pixels, so the patch embedding's backward pass is one product, not two
-    assert cost.gflops * 1e9 == pytest.approx(3 * blocks + 2 * embedding, rel=1e-6)
-    assert (cost.views, cost.encoder_passes, cost.encoder_tokens) == (1, 1, T)
-    assert cost.backbone_parameters == sum(p.numel() for p in method.backbone.parameters())
-    assert cost.discarded_parameters == 0  # NEPA has no head; the probe does not count
+    assert counted.gflops * 1e9 == pytest.approx(3 * blocks + 2 * embedding, rel=1e-6)
+    assert (counted.views, counted.encoder_passes, counted.encoder_tokens) == (1, 1, T)
+    assert counted.backbone_parameters == sum(p.numel() for p in method.backbone.parameters())
+    assert counted.discarded_parameters == 0  # NEPA has no head; the probe does not count
 
 
 def test_does_not_depend_on_the_batch(method):

@@ -134,8 +134,11 @@ def drawing(method):
     return drawn
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["computed", "valueless"])
 @pytest.mark.parametrize("name", DISCARDED)
-def test_cost(name):
+def test_cost(name, small, monkeypatch):
+    if not small:
+        monkeypatch.setattr("nepa_plugin.methods.cost.SMALL", 0)
     method = built(name)
     drawn = drawing(method)
     cost = training_cost(method, BATCH)
