@@ -142,28 +142,38 @@ def _compare(
         if run.error is not None:
             say(f"{place}FAILED: {run.error}")
 
-    def train(run: Run, config: Path | None, place: str) -> None:
-        if config is not None:
-            _train(run, what.arguments(config, run.seed), place, say, processes)
-        _load(run)
+    def train(run: Run, config: Path | None, place: str, loaded: threading.Event) -> None:
+        try:
+            if config is not None:
+                _train(run, what.arguments(config, run.seed), place, say, processes)
+            _load(run)
+        finally:
+            loaded.set()
         if apart is not None:
             score(run, place)
 
+    def score_alike(group: list[Run]) -> None:
+        for run in group:
+            score(run, f"{run.name}, seed {run.seed}: ", None if run is group[0] else group[0])
+
     try:
-        trainings = [pool.submit(train, *each, place) for each, place in zip(planned, places, strict=True)]
-        for (run, _), place, training in zip(planned, places, trainings, strict=True):
-            training.result()
+        loaded = [threading.Event() for _ in planned]
+        each = zip(planned, places, loaded, strict=True)
+        trainings = [pool.submit(train, run, config, place, event) for (run, config), place, event in each]
+        for (run, _), place, training, event in zip(planned, places, trainings, loaded, strict=True):
             if apart is None:
+                training.result()
                 score(run, place)
+            event.wait()
         runs = [run for run, _ in planned]
+        # The last rows are still scored, each by one job: the others need not wait for them.
         floors = _untrained(runs, what) if what.floors else []
         groups = _alike(floors)
-
-        def score_alike(group: list[Run]) -> None:
-            for run in group:
-                score(run, f"{run.name}, seed {run.seed}: ", None if run is group[0] else group[0])
-
-        list(map(score_alike, groups) if apart is None else pool.map(score_alike, groups))
+        if apart is None:
+            list(map(score_alike, groups))
+        else:
+            for scoring in [*trainings, *(pool.submit(score_alike, group) for group in groups)]:
+                scoring.result()
     finally:  # after Ctrl-C, what has not begun must not begin, and what has must end
         pool.shutdown(wait=False, cancel_futures=True)
         processes.end()

@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +210,23 @@ def test_several_jobs_score_as_one_does(finished):
     for run in rows:
         assert run.results["knn"]["top1"] == pytest.approx(before[run.name]["knn"]["top1"], abs=0.3)
         assert run.results["knn"]["time"] != before[run.name]["knn"]["time"]
+
+
+@pytest.mark.slow
+def test_a_job_that_is_free_scores_floors_while_the_last_row_is_scored(finished, monkeypatch):
+    what, *_ = finished
+    at_a_floor, met = threading.Event(), []
+
+    def evaluate(run, *_):
+        if run.trained:
+            met.append(run.name != "simclr_digits" or at_a_floor.wait(60))
+        else:
+            at_a_floor.set()
+
+    monkeypatch.setattr(comparing, "_evaluate", evaluate)
+    folders = [what.out / name / "seed0" for name in ("nepa_digits", "simclr_digits")]
+    rows = compare(replace(what, sources=folders), lambda line: None)
+    assert met == [True, True] and [run.trained for run in rows] == [True, True, False, False]
 
 
 @pytest.mark.slow
