@@ -52,6 +52,46 @@ def test_all_parts_run_at_toy_size(tmp_path):
     assert all(f"## {name}" in page for name in names)
 
 
+def test_scenes_are_not_scored_with_runs_of_another_backbone(tmp_path, monkeypatch, capsys):
+    """The curves of finished runs are read again, and refused once what they depend on has changed."""
+    pytest.importorskip("mmseg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import digit_scenes
+
+    monkeypatch.setenv("DIGIT_SCENES", "scenes")
+    command = ["digit_scenes.py", "--seeds", "3", "--runs", "runs"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="no backbone runs/demo/backbone"):
+        digit_scenes.main()
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = timm.create_model("nepa_vit_tiny_patch14_224", **size)
+    save_backbone(model, Path("runs/demo/backbone"))
+    with pytest.raises(SystemExit, match="no scenes in scenes"):
+        digit_scenes.main()
+    Path("scenes").mkdir()
+    Path("scenes/0.png").write_bytes(b"scene")
+    trained = []
+
+    def train(work_dir, options):
+        trained.append((work_dir.name, options))
+        (work_dir / "1" / "vis_data").mkdir(parents=True)
+        rows = [json.dumps({"step": step, "mIoU": step / 10}) for step in range(100, 501, 100)]
+        (work_dir / "1" / "vis_data" / "2026.json").write_text("\n".join(rows))
+
+    monkeypatch.setattr(digit_scenes, "train", train)
+    for _ in range(2):
+        digit_scenes.main()
+        assert "| random | mean | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 |" in capsys.readouterr().out
+    seed = "randomness.seed=3"
+    assert trained == [("pretrained-3", [seed]), ("random-3", [seed, "model.backbone.init_cfg=None"])]
+    torch.nn.init.ones_(model.patch_embed.proj.weight)
+    save_backbone(model, Path("runs/demo/backbone"), overwrite=True)
+    with pytest.raises(SystemExit, match="pretrained-3 is of another config, backbone, or other scenes"):
+        digit_scenes.main()
+    assert len(trained) == 2
+
+
 def test_one_failure_leaves_the_others(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
     script = importlib.util.module_from_spec(spec)
