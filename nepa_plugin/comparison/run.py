@@ -153,6 +153,7 @@ def _compare(
             score(run, place)
 
     def score_alike(group: list[Run]) -> None:
+        group = _tuned_first(group, what)
         for run in group:
             score(run, f"{run.name}, seed {run.seed}: ", None if run is group[0] else group[0])
 
@@ -246,6 +247,18 @@ def _evaluate(
     run.results = {name: done[name] for name in [*what.protocols, CAUSAL] if name in done}
     scores = [f"{name} {result['top1']:.1f}" for name, result in run.results.items() if "top1" in result]
     say(f"{place}{'  '.join(scores)}" + (f"  (fine-tuned once for this and {twin.name})" if shared and twin else ""))
+
+
+def _tuned_first(group: list[Run], what: Comparison) -> list[Run]:
+    """Return runs of one network with those first that an earlier comparison has fine-tuned, for the others to share."""
+
+    def is_new(run: Run) -> bool:
+        try:
+            return "finetune" not in _done(run.folder / "evaluation", what.options_of(run.name), what)
+        except (ValueError, OSError):  # which its own evaluation says
+            return True
+
+    return sorted(group, key=is_new) if len(group) > 1 and "finetune" in what.protocols else group
 
 
 def _is_predictor(run: Run) -> bool:

@@ -275,6 +275,11 @@ def test_networks_that_are_alike_but_for_their_attention_are_fine_tuned_once(tmp
     assert first.results == {"finetune": {"top1": 10.0}, "knn": {"top1": 10.0}, "finetune_causal": {"top1": 20.0}}
     assert second.results == first.results | {"knn": {"top1": 30.0}}
     assert lines[1].endswith("(fine-tuned once for this and untrained 0)") and "once" not in lines[0]
+    there = {first.folder / "evaluation": {}, second.folder / "evaluation": {"finetune": {}}}
+    with monkeypatch.context() as patched:
+        patched.setattr(comparing, "_done", lambda out, options, what: there[out])
+        assert comparing._tuned_first([first, second], what) == [second, first]
+        assert comparing._tuned_first([first, second], replace(what, protocols=["knn"])) == [first, second]
     asked.clear()
     own = EvaluationOptions(finetune=FinetuneOptions(attention=None))  # each keeps its own attention
     comparing._evaluate(second, replace(what, options=own, causal=False), "", lines.append, twin=first)
