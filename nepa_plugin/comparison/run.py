@@ -250,7 +250,7 @@ def _evaluate(
 
 
 def _tuned_first(group: list[Run], what: Comparison) -> list[Run]:
-    """Return runs of one network with those first that an earlier comparison has fine-tuned, for the others to share."""
+    """Return runs of one network, those first that an earlier comparison has fine-tuned: the others share it."""
 
     def is_new(run: Run) -> bool:
         try:
