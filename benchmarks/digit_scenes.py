@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from once import weights
+from once import ROOT, weights
 
 from nepa_plugin.data.files import files_signature
 from nepa_plugin.runtime.files import write_json
 
-CONFIG = Path(__file__).parent.parent / "mmseg_configs" / "nepa_tiny_digits_seg.py"
+CONFIG = ROOT / "mmseg_configs" / "nepa_tiny_digits_seg.py"
 
 
 def curve(work_dir: Path) -> dict[int, float]:

@@ -20,6 +20,8 @@ SEQUENCE_TOKENS = 256
 #: Parameters up to which a step is computed to be counted: FakeTensors cost a fraction of a millisecond per operation,
 #: which for a network this small is five times as long as the operations themselves.
 SMALL = 1_000_000
+#: Numbers in a view up to which that is done: the counted attention's tables grow with the square of the tokens.
+SMALL_VIEW = 3 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def training_cost(
 ) -> TrainingCost:
     """Count the cost of a training step of one process; the method and the random generators are left as they were.
 
-    Nothing is computed, on torch's FakeTensors, which have a shape and no values; but for a small network and for a
-    method whose step looks at values, which take their step on the CPU.
+    Nothing is computed, on torch's FakeTensors, which have a shape and no values; but for a small network on
+    small images and for a method whose step looks at values, which take their step on the CPU.
 
     Args:
         method: A method that no trainer is attached to.
@@ -121,7 +123,7 @@ def _cost(method: Method, batch_size: int, transform: Callable[[Image.Image], li
             views = [torch.zeros(SEQUENCE_TOKENS, method.backbone.input_dim)]
         else:
             views = transform(Image.new("RGB", (method.img_size, method.img_size), (90, 120, 150)))
-        small = sum(p.numel() for p in method.parameters()) <= SMALL
+        small = sum(p.numel() for p in method.parameters()) <= SMALL and max(v.numel() for v in views) <= SMALL_VIEW
         try:
             operations, passes = _counted(method, views, batch_size, valueless=not small)
         except (DataDependentOutputException, DynamicOutputShapeException):

@@ -44,6 +44,13 @@ def test_leaves_the_method_and_the_generators_alone(method):
     assert not method.backbone.blocks[0]._forward_pre_hooks
 
 
+def test_a_small_network_on_large_images_is_not_computed():
+    """Its attention's tables would fill the memory: 65,537 tokens squared, for every head and image."""
+    size = {"embed_dim": D, "depth": 1, "num_heads": 2}
+    large = NEPA(8, 3, backbone="nepa_vit_tiny_patch14_224", img_size=1024, patch_size=4, backbone_args=size)
+    assert training_cost(large).encoder_tokens == 256 * 256 + 1
+
+
 class Looks(NEPA):
     """A step that asks for a value, as a user's may."""
 
