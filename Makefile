@@ -35,9 +35,9 @@ demo: setup
 	@$(BIN)/nepa demo --run_dir $(RUN)
 
 compare: setup
-	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 2 --jobs 2 --search 3 \
-		--evaluate finetune,readout,knn,linear --recipe vit_digits --finetune.epochs 10 --out $(COMPARISON) \
-		--title "Fourteen methods on handwritten digits"
+	$(BIN)/python tools/compare.py $(METHODS:%=lightly_configs/%_digits.yaml) --data digits --seeds 0 1 2 --jobs 2 \
+		--search 3 --search_length 0.5 --evaluate finetune,readout,knn,linear --recipe vit_digits --finetune.epochs 10 \
+		--out $(COMPARISON) --title "Fourteen methods on handwritten digits"
 
 segment-demo: setup
 	test -d $(RUN)/backbone || \

@@ -85,6 +85,8 @@ def main(args: list[str] | None = None) -> None:
     looked = "look at the backbones' attention, too: distance, entropy and locality by layer"
     parser.add_argument("--attention", action="store_true", help=looked)
     parser.add_argument("--search_seed", type=int, default=0, help="of the trials' choices and trainings")
+    part = "part of the epochs, of pretraining and of fine-tuning, that a trial has; all by default"
+    parser.add_argument("--search_length", type=float, default=1.0, metavar="PART", help=part)
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs trained and scored at the same time, on the CPU or one GPU"
     )
@@ -115,10 +117,12 @@ def main(args: list[str] | None = None) -> None:
         )
         if given.causal and "finetune" not in protocols:
             raise ValueError("--causal goes with --evaluate finetune.")
+        if given.search_length != 1 and not given.search:
+            raise ValueError("--search_length goes with --search.")
         tables = []
         with _ended_by_signals():
             if given.search:
-                what, found = search(what, given.search, given.search_seed)
+                what, found = search(what, given.search, given.search_seed, given.search_length)
                 tables.append(search_table(found))
             runs = compare(what)
         write_report(runs, given.out, command_line("compare", args), given.title, tables)

@@ -20,11 +20,12 @@ import yaml
 from nepa_plugin.comparison.plan import Comparison, ComparisonError, folder_name, plan
 from nepa_plugin.comparison.report.scores import COLUMNS, NAMES, values
 from nepa_plugin.comparison.run import Say, compare
+from nepa_plugin.comparison.shorter import sets_epochs, shorter_config, shorter_evaluation, shorter_overrides
 from nepa_plugin.data.evaluation import evaluation_images
 from nepa_plugin.data.files import fingerprint
 from nepa_plugin.evaluation.readout import FOLDS
 from nepa_plugin.runtime.files import write_json
-from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveInt, check_hints
+from nepa_plugin.runtime.ranges import NonNegativeInt, PositiveFraction, PositiveInt, check_hints
 from nepa_plugin.training.configs import merge, read_config
 
 SEARCH = "search.json"
@@ -72,6 +73,7 @@ class Search:
         column: What decided.
         images: How many images were trained on, and how many held out.
         trials: By the name of a config, the one as it is first.
+        length: Part of the epochs, of pretraining and of fine-tuning, that a trial has.
     """
 
     budget: int
@@ -79,6 +81,7 @@ class Search:
     column: str
     images: tuple[int, int]
     trials: dict[str, list[Trial]] = field(default_factory=dict)
+    length: float = 1.0
 
     def best(self, name: str) -> Trial:
         """Return the best trial of a config, the first of several.
@@ -127,7 +130,9 @@ def _default(method: type, name: str) -> Any:
     raise ComparisonError(f"{method.__name__} has no {name} to search.")
 
 
-def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None) -> tuple[Comparison, Search]:
+def search(
+    what: Comparison, budget: int, seed: int = 0, length: float = 1.0, say: Say | None = None
+) -> tuple[Comparison, Search]:
     """Search every config of a comparison, and return the comparison of what was found.
 
     A search that was stopped goes on where it was.
@@ -136,6 +141,7 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
         what: The comparison; folders of finished runs in it are left as they are.
         budget: Trials per config, at least two.
         seed: Of the choices and of every training.
+        length: Part of its epochs, of pretraining and of fine-tuning, that a trial has; at least one epoch.
         say: Called with a line of progress.
 
     Returns:
@@ -144,7 +150,8 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
     Raises:
         ComparisonError: If something cannot be used, or every trial of a config failed.
     """
-    check_hints({"search": PositiveInt, "search_seed": NonNegativeInt}, {"search": budget, "search_seed": seed})
+    hints = {"search": PositiveInt, "search_seed": NonNegativeInt, "search_length": PositiveFraction}
+    check_hints(hints, {"search": budget, "search_seed": seed, "search_length": length})
     if budget < 2:
         raise ComparisonError("--search 1 is the config as it is: give two trials or more, or leave it out.")
     # the runs after a search have its choice, so they are not compared with the configs as they are
@@ -160,13 +167,19 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
     configs = {name: read_config(source) for name, source in sources.items()}
     wanted = {name: choices(config, budget, Random(f"{seed} {name}")) for name, config in configs.items()}
     _check_overrides(what.overrides, wanted)
+    overrides, shorter = what.overrides, configs
+    if length < 1 and sets_epochs(overrides):
+        overrides = shorter_overrides(overrides, length)
+    elif length < 1:
+        shorter = {name: shorter_config(config, length, sources[name]) for name, config in configs.items()}
     data, counts = _held_out(what)
     column = next(column for column in COLUMNS if column in what.protocols)
     written: list[str] = []
     for name, trials in wanted.items():
         for i, options in enumerate(trials):
-            written.append(str(_write(what.out / "search" / "configs", f"{name}-trial{i}", configs[name], options)))
-    rows = {f"{name}-trial{i}": what.options_of(name) for name in what.rows if name in wanted for i in range(budget)}
+            written.append(str(_write(what.out / "search" / "configs", f"{name}-trial{i}", shorter[name], options)))
+    evaluation = {name: shorter_evaluation(what.options_of(name), length) for name in wanted}
+    rows = {f"{name}-trial{i}": evaluation[name] for name in wanted for i in range(budget)}
     trained = compare(
         replace(
             what,
@@ -175,6 +188,7 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
             data=str(data),
             protocols=[column],
             seeds=[seed],
+            overrides=overrides,
             rows=rows,
             floors=False,
             segmentation=None,
@@ -182,7 +196,7 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
         say,
     )
     scores = values(trained, column)
-    found = Search(budget, seed, column, counts)
+    found = Search(budget, seed, column, counts, length=length)
     for name, trials in wanted.items():
         own = [scores.get(f"{name}-trial{i}") for i in range(len(trials))]
         found.trials[name] = [
@@ -200,9 +214,11 @@ def search(what: Comparison, budget: int, seed: int = 0, say: Say | None = None)
 def describe(found: Search) -> str:
     """Return what the search was, in a sentence."""
     trained, held = found.images
+    length = f", in {found.length:g} of the epochs" if found.length < 1 else ""
     return (
         f"{found.budget} trials per config, seed {found.seed}, each trained on {trained} of the training images and "
-        f"scored by {NAMES[found.column]} on the other {held}. The best trial's options were then trained on all."
+        f"scored by {NAMES[found.column]} on the other {held}{length}. "
+        "The best trial's options were then trained on all."
     )
 
 
