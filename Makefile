@@ -15,7 +15,7 @@ help:
 	@echo "make setup      create .venv and install everything (once; several GB, some minutes)"
 	@echo "make demo       pretrain NEPA on handwritten digits and look at what it learned (under ten minutes)"
 	@echo "make segment-demo   the same, then segmentation of scenes of digits in mmsegmentation (ten minutes)"
-	@echo "make compare    fourteen methods on the digits, searched, fine-tuned, three seeds, and a report (hours)"
+	@echo "make compare    fourteen methods on the digits, searched, fine-tuned, three seeds, and a report (two hours)"
 	@echo "make test       run all tests          make test-fast   without the slow ones"
 	@echo "make docs       build the documentation's site into site/"
 	@echo "make lint       ruff and mypy          make clean       remove the environments"
