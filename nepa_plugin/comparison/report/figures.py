@@ -62,7 +62,9 @@ def plot_scores(runs: Sequence[Run]) -> Figure:
         axes.plot(own[name], [place] * len(own[name]), "|", color=colour, markersize=9, alpha=0.7)
     axes.set_yticks(range(len(names)), [called[name] for name in names])
     axes.invert_yaxis()
-    what = f"{COLUMNS[column]}, {'mIoU' if metric(column) == 'mIoU' else 'top-1'} %" if column else ""
+    what = ""
+    if column:  # the columns of segmentation have mIoU in their names
+        what = f"{COLUMNS[column]}, %" if metric(column) == "mIoU" else f"{COLUMNS[column]}, top-1 %"
     axes.set_xlabel(f"{what}: mean, 95 % interval, each seed" if noise.freedom else what)
     axes.grid(alpha=0.3, axis="x")
     return figure
