@@ -178,8 +178,9 @@ def search(
     for name, trials in wanted.items():
         for i, options in enumerate(trials):
             written.append(str(_write(what.out / "search" / "configs", f"{name}-trial{i}", shorter[name], options)))
-    evaluation = {name: shorter_evaluation(what.options_of(name), length) for name in wanted}
-    rows = {f"{name}-trial{i}": evaluation[name] for name in wanted for i in range(budget)}
+    rows = {
+        f"{name}-trial{i}": shorter_evaluation(what.options_of(name), length) for name in wanted for i in range(budget)
+    }
     trained = compare(
         replace(
             what,

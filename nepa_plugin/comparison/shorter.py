@@ -13,6 +13,11 @@ from nepa_plugin.training.configs import merge
 MAX_EPOCHS, MAX_STEPS = "--trainer.max_epochs", "--trainer.max_steps"
 
 
+def _part(epochs: int, length: float) -> int:
+    """Return so much of the epochs, rounded up: 0.07 of 100 are 7, though the product of floats is a little more."""
+    return max(1, math.ceil(round(epochs * length, 9)))
+
+
 def sets_epochs(overrides: Sequence[str]) -> bool:
     """Return whether arguments of a pretraining run say how long it is, whatever its config says."""
     return any(argument.partition("=")[0] in (MAX_EPOCHS, MAX_STEPS) for argument in overrides)
@@ -35,7 +40,7 @@ def shorter_config(config: dict[str, Any], length: float, source: Path) -> dict[
         raise ComparisonError(
             f"{source}: --search_length is a part of trainer.max_epochs: give that a number, and no max_steps."
         )
-    return merge(config, {"trainer": {"max_epochs": math.ceil(epochs * length)}})
+    return merge(config, {"trainer": {"max_epochs": _part(epochs, length)}})
 
 
 def shorter_overrides(overrides: Sequence[str], length: float) -> list[str]:
@@ -58,7 +63,7 @@ def shorter_overrides(overrides: Sequence[str], length: float) -> list[str]:
         value = value if equals else "".join(overrides[i + 1 : i + 2])
         if not value.isdecimal() or int(value) < 1:
             raise ComparisonError(f"--search_length is a part of {MAX_EPOCHS}: give that a number after --.")
-        epochs = str(math.ceil(int(value) * length))
+        epochs = str(_part(int(value), length))
         found[i if equals else i + 1] = f"{name}={epochs}" if equals else epochs
     return found
 
@@ -66,4 +71,4 @@ def shorter_overrides(overrides: Sequence[str], length: float) -> list[str]:
 def shorter_evaluation(options: EvaluationOptions, length: float) -> EvaluationOptions:
     """Return options with a part of the epochs of fine-tuning, at least one."""
     tuning = options.finetune
-    return replace(options, finetune=replace(tuning, epochs=math.ceil(tuning.epochs * length)))
+    return replace(options, finetune=replace(tuning, epochs=_part(tuning.epochs, length)))

@@ -104,6 +104,7 @@ def test_a_part_of_what_is_no_number_of_epochs_is_refused(tmp_path):
     for trainer in ({"max_epochs": "auto"}, {"max_epochs": 3, "max_steps": 9}, {}):
         with pytest.raises(ComparisonError, match=r"a\.yaml: --search_length is a part of trainer\.max_epochs"):
             shorter_config({"trainer": trainer}, 0.5, Path("a.yaml"))
+    assert shorter_overrides(["--trainer.max_epochs=100"], 0.07) == ["--trainer.max_epochs=7"]
     assert shorter_config({"trainer": {"max_epochs": 1}}, 0.1, Path("a.yaml")) == {"trainer": {"max_epochs": 1}}
 
 
