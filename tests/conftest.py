@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import itertools
 import os
 import shutil
@@ -21,8 +22,11 @@ TOY, TOY_CLASSIFIER = DATA / "nepa-toy-gelu", DATA / "nepa-toy-gelu-classifier"
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
-        with contextlib.suppress(ImportError):
-            import yapf  # noqa: F401  mmengine's; two processes that import it first read each other's half of a cache
+        # Two processes that import these first are in each other's way: yapf reads the other's half of a cache, and mim
+        # ends where the other made ~/.cache/mim in between.
+        for name in ["yapf", "mim"]:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     # A job in a script's background ignores it, and so would the commands that tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
