@@ -19,6 +19,7 @@ from nepa_plugin.checkpoints import save_backbone
 from nepa_plugin.comparison import Comparison, ComparisonError, Run, compare
 from nepa_plugin.comparison import run as comparing
 from nepa_plugin.comparison.evaluating import read_request, request_for
+from nepa_plugin.comparison.floors import alike
 from nepa_plugin.data import digits_folder
 from nepa_plugin.evaluation import EvaluationOptions
 from nepa_plugin.evaluation.finetune import FinetuneOptions
@@ -254,8 +255,8 @@ def test_networks_that_are_alike_but_for_their_attention_are_fine_tuned_once(tmp
         floors.append(Run(f"untrained {number}", seed, tmp_path / str(number)))
         save_backbone(model, floors[-1].folder / "backbone")
     (floors[3].folder / "backbone" / "model.safetensors").write_bytes(b"no weights")
-    alike = comparing._alike(floors)
-    assert alike == [floors[:2], floors[2:3], floors[3:]]
+    groups = alike(floors)
+    assert groups == [floors[:2], floors[2:3], floors[3:]]
     asked, lines = [], []
 
     def results(run, what, options, protocols, folder, *rest):
@@ -264,7 +265,7 @@ def test_networks_that_are_alike_but_for_their_attention_are_fine_tuned_once(tmp
 
     monkeypatch.setattr(comparing, "_results", results)
     what = comparison(tmp_path, NEPA, protocols=["finetune", "knn"], causal=True)
-    first, second = alike[0]
+    first, second = groups[0]
     comparing._evaluate(first, what, "first: ", lines.append)
     comparing._evaluate(second, what, "second: ", lines.append, twin=first)
     assert asked == [
