@@ -53,6 +53,7 @@ def command(data: Path, given: argparse.Namespace) -> list[str]:
         *(sys.executable, str(ROOT / "tools" / "compare.py"), *configs, "--data", str(data), "--out", str(given.out)),
         *("--seeds", *map(str, given.seeds), "--jobs", str(given.jobs), *evaluation),
         *("--title", "10,000 images of CIFAR-10"),
+        *(["--no_untrained"] if given.no_untrained else []),
         *("--", "--trainer.max_epochs", str(given.epochs), *recipe, *size),
     ]
 
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of pretraining")
     parser.add_argument("--tuned", type=int, default=12, help="epochs of fine-tuning")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--no_untrained", action="store_true", help="leave out the rows from scratch")
     given = parser.parse_args()
     given.out = given.out.resolve()  # a run's options hold the links' folder, from wherever it is called
     for split in IMAGES:

@@ -289,8 +289,11 @@ def test_a_row_is_a_name_or_a_path(sittings, monkeypatch, tmp_path):
 @pytest.mark.parametrize("row", ["mae", "simclr"])
 def test_a_size_leaves_the_other_arguments_of_a_backbone(sittings, row, capsys):
     rows, cifar10 = map(importlib.import_module, ("rows", "cifar10"))
-    given = argparse.Namespace(methods=[row], out=Path("runs/x"), seeds=[0], jobs=2, tuned=12, epochs=20)
+    given = argparse.Namespace(
+        methods=[row], out=Path("runs/x"), seeds=[0], jobs=2, tuned=12, epochs=20, no_untrained=True
+    )
     line = cifar10.command(Path("data"), given)
+    assert "--no_untrained" in line
     options = line[line.index("--") + 1 :]
     with pytest.raises(SystemExit) as end:
         main(["--config", str(rows.config_of(row)), *options, "--data.train_dir", "x", "--print_config"], base_config())
