@@ -2,7 +2,7 @@
 
 python benchmarks/camvid.py data/camvid --out runs/camvid --seeds 0 1
 
-Each row is pretrained on the 367 training frames without their labels, at 192x192; then a light head on four depths is
+Each row is pretrained on the 367 training frames without their labels, at 224x224; then a light head on four depths is
 trained with the backbone frozen, and the whole network (`nepa_plugin.segmentation.transfer` with
 mmseg_configs/nepa_small_camvid.py). What has finished is not run again. OUT/results.csv takes all rows that there are,
 of calls before, too; their means are printed.
@@ -31,7 +31,7 @@ def pretrain(row: str, seed: int, given: argparse.Namespace) -> Path:
     folder = given.out / config.stem.removesuffix("_cifar10") / f"seed{seed}"
     command = [str(ROOT / "tools" / "pretrain.py"), "--config", str(config)]
     command += ["--data.train_dir", str(given.source / "images" / "training")]
-    command += ["--model.img_size", "192", "--model.patch_size", "16", *SIZE]
+    command += ["--model.img_size", "224", "--model.patch_size", "16", *SIZE]
     command += ["--data.batch_size_per_device", "32", "--global_batch_size", "32", "--model.base_lr", "8e-3"]
     command += ["--model.warmup_fraction", "0.1", "--trainer.max_epochs", str(given.epochs)]
     command += ["--seed_everything", str(seed), "--trainer.log_every_n_steps", "5"]
