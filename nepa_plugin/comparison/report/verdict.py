@@ -33,7 +33,10 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     if not trained:
         return []
     best, *others = trained
-    said = [f"{called[best]} is first of {len(trained)} by {NAMES[column]}: {mean(rows[best]):.1f} %."]
+    score = f"{mean(rows[best]):.1f} %."
+    said = [f"{called[best]} is first of {len(trained)} by {NAMES[column]}: {score}"]
+    if not others:
+        said = [f"{called[best]}, the only trained row, by {NAMES[column]}: {score}"]
     if not noise.freedom:
         said.append("With one seed per row, nothing tells how much of a difference is noise.")
     elif others:

@@ -164,6 +164,7 @@ def test_many_rows_of_nepa_are_beside_the_first_one_given():
         "(down).",
     ]
     assert len(verdict([each for each in found if each.seed == 0])) == 3  # no noise is known of one seed
+    assert verdict(found[:2]) == ["NEPA, the only trained row, by fine-tuning: 80.0 %."]
 
 
 def test_the_noise_is_pooled_and_the_answer_goes_by_it(compared):
