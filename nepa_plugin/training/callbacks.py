@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichModelSummary, RichProgressBar
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.model_summary import get_human_readable_count
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from rich import get_console
+from rich.table import Table
 
 from nepa_plugin.checkpoints import write_tensors
 from nepa_plugin.methods.optimization import OptimizedModule
@@ -38,6 +41,35 @@ class LoggedBar(RichProgressBar):
                 self._shown[name] = value, float(value)
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)  # type: ignore[assignment]
         return metrics | {name: shown for name, (_, shown) in self._shown.items()}
+
+
+class Parameters(RichModelSummary):
+    """Lightning's table of a model's parts, without operations.
+
+    Lightning counts them where a model has an example input, and prints 0 where it has none. What a step of pretraining
+    takes is counted for ``summary.json``.
+    """
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Print the parts and the sum of their parameters."""
+        columns = [(name.strip(), cells) for name, cells in summary_data if name != "FLOPs"]
+        table = Table()
+        for name, _ in columns:
+            table.add_column(name, justify="right" if name.startswith("Params") else "left")
+        for row in zip(*(cells for _, cells in columns), strict=True):
+            table.add_row(*row)
+        counts = total_parameters, trainable_parameters
+        total, trained = (get_human_readable_count(int(count)).strip() for count in counts)
+        get_console().print(table, f"{total} parameters, {trained} of them trained", highlight=False)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

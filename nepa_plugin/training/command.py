@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelSummary
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy, Strategy
@@ -26,7 +26,7 @@ from nepa_plugin.runtime.devices import check_compiler, check_launch, resolve_de
 from nepa_plugin.runtime.ranges import NonNegativeFloat, PositiveInt, Range, check_hints
 from nepa_plugin.runtime.sharding import ShardedStrategy
 from nepa_plugin.runtime.step_seed import StepSeed
-from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, LoggedBar, RunClock
+from nepa_plugin.training.callbacks import EpochLines, LastCheckpoint, LoggedBar, Parameters, RunClock
 from nepa_plugin.training.configs import merged_configs
 from nepa_plugin.training.metrics_file import KeepingCSVLogger, KeptMetrics
 from nepa_plugin.training.parser import plain
@@ -177,6 +177,9 @@ class RunCLI(LightningCLI):
             terminal = sys.stdout.isatty()
             callbacks.append(LoggedBar(refresh_rate=10, leave=False) if terminal else EpochLines(self.clock))
             kwargs["enable_progress_bar"] = terminal
+        if given.enable_model_summary in (None, True) and not any(isinstance(each, ModelSummary) for each in callbacks):
+            callbacks.append(Parameters())
+            kwargs["enable_model_summary"] = False  # Lightning's own
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _steps_so_far(self) -> int | None:

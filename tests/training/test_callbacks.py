@@ -6,6 +6,8 @@ import torch
 from lightly.models.utils import random_token_mask
 from pretraining import curve, run
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.model_summary import get_human_readable_count
+from safetensors.torch import load_file
 
 from nepa_plugin import NepaViT
 from nepa_plugin.runtime.step_seed import StepSeed
@@ -38,6 +40,23 @@ def test_each_line_is_its_epochs_own(tmp_path, capsys, monkeypatch):
         score = f"  online probe top-1 {scores[3 * epoch + 2]:.4g}" if epoch % 2 else ""
         speed = f"  images/s {128 / (epoch + 1):.4g}"
         assert line == f"epoch {epoch + 1}/5  step {3 * epoch + 3}  loss {mean:.4g}{score}{speed}"
+
+
+def test_the_table_of_parts_says_what_is_counted(tmp_path, capsys):
+    """Lightning's own would say that everything takes 0 operations."""
+    printed = []
+    for shown in ("false", "true"):
+        run("--run_dir", tmp_path / shown, "--trainer.max_steps", "1", "--trainer.enable_model_summary", shown)
+        printed.append(capsys.readouterr().out)
+    quiet, out = printed
+    assert "online_classifier" not in quiet
+    weights = load_file(tmp_path / "true" / "backbone" / "model.safetensors")
+    (total,) = [line for line in out.splitlines() if "parameters" in line]
+    probe = next(line for line in out.splitlines() if "online_classifier" in line).split("│")[4]
+    backbone = next(line for line in out.splitlines() if "backbone" in line and "│" in line).split("│")[4]
+    assert backbone.strip() == get_human_readable_count(sum(map(torch.numel, weights.values()))).strip()
+    assert probe.strip() and total.split()[0] == total.split()[3]
+    assert "FLOP" not in out and "Skipping" not in out
 
 
 def test_no_two_processes_draw_the_same_masks():
