@@ -25,6 +25,10 @@ from nepa_plugin.runtime.ranges import (
 )
 from nepa_plugin.runtime.scoring import FiniteTraining, accuracies, score, scores
 
+#: Numbers of features times classes up to which logistic regression has one BLAS thread. Its many small products wait
+#: for the threads of several libraries that spin beside each other: on two cores, 20 times as long as with one.
+SMALL = 1_000_000_000
+
 
 @dataclass
 class LinearOptions:
@@ -98,9 +102,11 @@ def logistic_probe(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
-    with warnings.catch_warnings():
+    small = train_features.numel() * int(train_labels.max() + 1) <= SMALL
+    with warnings.catch_warnings(), threadpool_limits(1 if small else None, user_api="blas"):
         # features of an untrained network are nearly collinear; the accuracy has settled long before the weights
         warnings.simplefilter("ignore", ConvergenceWarning)
         probe.fit(train_features.numpy(), train_labels.numpy())

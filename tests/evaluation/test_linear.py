@@ -4,9 +4,10 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.utils.data import DataLoader, TensorDataset
 
-from nepa_plugin.evaluation import LinearOptions, logistic_probe
+from nepa_plugin.evaluation import LinearOptions, linear, logistic_probe
 from nepa_plugin.evaluation.linear import LinearProbe
 from nepa_plugin.evaluation.processes import Runtime, quiet
 
@@ -76,3 +77,22 @@ def test_options_of_sgd():
     assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (pytest.approx(0.1), 0.5, 0.01)
     assert probe.classification_head[0].num_batches_tracked == 1
     assert [o.choose(n) for o, n in ((LinearOptions(), 50_000), (LinearOptions(), 50_001))] == ["logistic", "sgd"]
+
+
+def test_small_logistic_regressions_have_one_blas_thread(monkeypatch):
+    """Those of several libraries that spin beside each other wait for one another."""
+    found = []
+    fit = LogisticRegression.fit
+
+    def watched(self, *args):
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        found.append({pool["num_threads"] for pool in pools})
+        return fit(self, *args)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    features, labels = torch.eye(4).repeat(5, 1), torch.arange(4).repeat(5)
+    with threadpool_limits(2, user_api="blas"):
+        assert logistic_probe(features, labels, features, labels) == 100.0
+        monkeypatch.setattr(linear, "SMALL", 0)
+        logistic_probe(features, labels, features, labels)
+    assert found == [{1}, {2}]
