@@ -33,10 +33,8 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     if not trained:
         return []
     best, *others = trained
-    score = f"{mean(rows[best]):.1f} %."
-    said = [f"{called[best]} is first of {len(trained)} by {NAMES[column]}: {score}"]
-    if not others:
-        said = [f"{called[best]}, the only trained row, by {NAMES[column]}: {score}"]
+    place = f" is first of {len(trained)}" if others else ", the only trained row,"
+    said = [f"{called[best]}{place} by {NAMES[column]}: {mean(rows[best]):.1f} %."]
     if not noise.freedom:
         said.append("With one seed per row, nothing tells how much of a difference is noise.")
     elif others:
