@@ -8,7 +8,7 @@ import timm
 import torch
 
 import nepa_plugin
-from nepa_plugin.comparison import Comparison, Run, plan, run
+from nepa_plugin.comparison import Comparison, Run, floors, plan, run
 from nepa_plugin.comparison.plan import folder_name
 from nepa_plugin.comparison.report import accuracy_table, write_report
 
@@ -31,7 +31,7 @@ def test_a_class_name_does_not_write_outside_of_the_folder(finished, tmp_path, n
     finished.summary["backbone_class"] = name
     out = tmp_path / "deep" / "er" / "out"
     before = sorted(tmp_path.rglob("*"))
-    (floor,) = run._untrained([finished], Comparison([], out, "digits", ["knn"], [0]))
+    (floor,) = floors.untrained([finished], Comparison([], out, "digits", ["knn"], [0]))
     new = [path for path in tmp_path.rglob("*") if path not in before and path.is_file()]
     assert len(new) == 2 and all(path.resolve().is_relative_to(out.resolve() / "untrained") for path in new)
     assert floor.folder.parent.parent == out / "untrained"
