@@ -33,7 +33,8 @@ from nepa_plugin.data import DataError, EpochBatchSampler, NEPATransform, Seeded
 from nepa_plugin.data.packing import make_shards
 from nepa_plugin.data.pipelines import FileDataset, PilPipeline, build_pipeline, decode
 from nepa_plugin.data.shards import ShardDataset, ShardLoader, open_shards
-from nepa_plugin.runtime.provenance import provenance, write_json
+from nepa_plugin.runtime.files import write_json
+from nepa_plugin.runtime.provenance import provenance
 
 SIZE, KILOBYTES = (470, 390), 108  # ImageNet-1K: mean width, height and file size
 

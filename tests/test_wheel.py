@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pretraining import FAST
@@ -56,8 +57,7 @@ def nepa(wheel, tmp_path_factory):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    call.site, call.here = site, here
-    return call
+    return SimpleNamespace(call=call, site=site, here=here)
 
 
 def test_what_the_wheel_holds(wheel):
@@ -73,8 +73,8 @@ def test_what_the_wheel_holds(wheel):
 
 
 def test_the_list_of_commands_and_of_configs(nepa):
-    assert nepa("--help").startswith("usage: nepa COMMAND ...\n")
-    listed = [line.split()[0] for line in nepa("configs").splitlines() if line.startswith("  ")]
+    assert nepa.call("--help").startswith("usage: nepa COMMAND ...\n")
+    listed = [line.split()[0] for line in nepa.call("configs").splitlines() if line.startswith("  ")]
     shown = [*CONFIGS, *(f"lightly_configs/{name}" for name in ("finetune", "ablations", "orders"))]
     files = [path for folder in shown for path in (ROOT / folder).glob("*.*") if path.stem != "base"]
     assert sorted(listed) == sorted(path.stem for path in files)
@@ -82,23 +82,23 @@ def test_the_list_of_commands_and_of_configs(nepa):
 
 def test_an_mmsegmentation_config_is_found_with_what_it_builds_on(nepa):
     pytest.importorskip("mmengine")
-    path = nepa("configs", "nepa_vit_b_ade20k").strip()
+    path = nepa.call("configs", "nepa_vit_b_ade20k").strip()
     assert path == str(nepa.site / "nepa_plugin" / "mmseg_configs" / "nepa_vit_b_ade20k.py")
     code = """
 import json, sys, mmengine, nepa_plugin
 model = mmengine.Config.fromfile(sys.argv[1]).model  # imports nepa_plugin.segmentation
 print(json.dumps([nepa_plugin.__file__, sys.modules["nepa_plugin.segmentation"].__file__, model.backbone.attention]))
 """
-    *files, attention = json.loads(nepa("-c", code, path, python=True).splitlines()[-1])
+    *files, attention = json.loads(nepa.call("-c", code, path, python=True).splitlines()[-1])
     assert all(Path(file).is_relative_to(nepa.site) for file in files) and attention == "bidirectional"
 
 
 def test_pretrain_by_name_and_evaluate(nepa):
-    nepa("pretrain", "--config", "nepa_demo", *FAST, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
+    nepa.call("pretrain", "--config", "nepa_demo", *FAST, "--trainer.max_epochs", 1, "--trainer.accelerator", "cpu")
     run = nepa.here / "runs" / "nepa_demo"
     # base.yaml was read, too: the seed is set there
     assert "seed_everything: 1337\n" in (run / "config.yaml").read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["commit"] is None  # no file of the checkout was used
-    nepa("evaluate", run / "backbone", "--data", "digits", "--protocol", "knn", "--out", run)
+    nepa.call("evaluate", run / "backbone", "--data", "digits", "--protocol", "knn", "--out", run)
     assert 15 < json.loads((run / "results.json").read_text())["protocols"]["knn"]["top1"] <= 100

@@ -8,7 +8,7 @@ import timm
 import torch
 
 import nepa_plugin
-from nepa_plugin.comparison import Comparison, Run, floors, plan, run
+from nepa_plugin.comparison import Comparison, Run, floors, plan
 from nepa_plugin.comparison.plan import folder_name
 from nepa_plugin.comparison.report import accuracy_table, write_report
 

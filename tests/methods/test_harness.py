@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def pretrained(request, folders, tmp_path_factory):
     dataset = LightlyDataset(str(folders / "train"), transform=model.train_transform())
     train = DataLoader(dataset, batch_size=16, shuffle=True, drop_last=True, collate_fn=MultiViewCollate())
     metrics = MetricCallback()
-    trainer = Trainer(
+    trainer: Any = Trainer(
         max_epochs=2,
         callbacks=[LearningRateMonitor(), metrics],
         logger=TensorBoardLogger(str(tmp_path_factory.mktemp("logs")), name="pretrain"),

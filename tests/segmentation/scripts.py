@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["nepa_plugin.segmentation", "mmseg.apis", "mmengine.runner", "matplotlib.pyplot"])
@@ -25,9 +26,9 @@ def _run(path, arguments, output, environment):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    runner = importlib.import_module("mmengine.runner.runner")
+    runner: Any = importlib.import_module("mmengine.runner.runner")
     runner.collect_env = dict  # it asks compilers for their versions, for a second
-    config = importlib.import_module("mmengine.config.config")
+    config: Any = importlib.import_module("mmengine.config.config")
     config.FormatCode = lambda text, **_: (text, True)  # it breaks the config's lines where they read best, for another
     gc.freeze()  # and a dataset collects garbage among all that was loaded
     sys.argv = [str(path), *arguments]

@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -368,4 +369,5 @@ def test_the_published_recipes():
     assert common.freeze_patch_embed and common.attention == "bidirectional" and common.qk_norm_affine
     model = timm.create_model("nepa_vit_large_patch14_224", depth=1)
     form = ImageFormat.of(model, large["data"]["crop_pct"], large["data"]["crop_mode"])
-    assert form.evaluation().transforms[0].size == [235, 235]  # int(224 / 0.95), both sides
+    evaluation: Any = form.evaluation()
+    assert evaluation.transforms[0].size == [235, 235]  # int(224 / 0.95), both sides
