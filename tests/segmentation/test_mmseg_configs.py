@@ -118,7 +118,7 @@ def check_rates(model, wrapper, decay):
 
 @pytest.mark.slow
 def test_vit_b_trains():
-    model, wrapper, _ = one_iteration("nepa_vit_b_ade20k.py")
+    model, wrapper, _ = one_iteration("nepa_vit_b_ade20k.py", 128)
     check_rates(model, wrapper, 0.65)
     vit = model.backbone.vit
     assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (768, 12, 12)
