@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from once import ROOT
-from rows import BETTER, config_of, of_size
+from rows import ALONE, BETTER, config_of, of_size
 
-METHODS = ["nepa", *BETTER, "mae", "simclr", "dino", "aim"]
+METHODS = ["nepa", *ALONE, *BETTER, "mae", "simclr", "dino", "aim"]
 IMAGES = {"train": 1000, "test": 200}
 #: A dozen epochs of 10,000 images are too short for vit_cifar10 as it is, which mixes images, with 128 images per step:
 #: NEPA ends at 35 %, below its own linear probe. Chosen on a fifth of the training images, held out: by these options
