@@ -6,7 +6,7 @@ from once import ROOT
 
 #: NEPA's options, one at a time.
 ALONE = [f"benchmarks/better/cifar10/nepa_{name}.yaml" for name in ("mlp", "horizon4", "infonce")]
-#: The pairs of them, and all three, which the two benchmarks compare with NEPA as published.
+#: The head with one and with both of the others, which the two benchmarks compare with NEPA as published.
 BETTER = [f"benchmarks/better/cifar10/nepa_mlp_{name}.yaml" for name in ("horizon4", "infonce", "horizon4_infonce")]
 
 
