@@ -23,6 +23,7 @@ ROWS = {
     f"{CHECKPOINT}={{place}}/nodict.pth": "nodict.pth holds no 'state_dict'",
     f"{CHECKPOINT}={{place}}/other.pth": "other.pth does not say how to build its backbone",
     f"{CHECKPOINT}={{place}}/missing.pth": "missing.pth: give a folder with config.json and model.safetensors",
+    f"{CHECKPOINT}=no/such/folder/": "No checkpoint at no/such/folder",
     f"{CHECKPOINT}=no/such": "No local folder no/such, and it could not be fetched",
     f"{CHECKPOINT}=3": "init_cfg.checkpoint=3 is no path and no hub id.",
     "load_from={place}/cut.pth": "cut.pth cannot be read as tensors only: it is cut off",
@@ -34,6 +35,7 @@ ROWS = {
     # -- backbone and heads
     f"{BACKBONE}.attention=sideways": "attention='sideways' is not one of ('causal', 'bidirectional').",
     f"{BACKBONE}.arch=nepa_vit_tinny": "arch='nepa_vit_tinny' is not a timm model.",
+    f"{BACKBONE}.arch=nepa_vit_tny_patch14_224": "Did you mean nepa_vit_tiny_patch14_224",
     f"{BACKBONE}.out_indices=(0,1,2,9)": "has 4 blocks, 0 to 3; choose among them.",
     f"{BACKBONE}.out_indices=(0,1,2,x)": "out_indices: 'x' is no whole number.",
     f"{BACKBONE}.model_args.depth=0": "has 0 blocks",
