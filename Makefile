@@ -70,4 +70,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-onedl
+	rm -rf $(VENV) .venv-onedl .venv-oldest

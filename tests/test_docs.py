@@ -195,6 +195,13 @@ def test_the_example_of_a_segmentation_dataset_is_read(tmp_path):
     assert read.model.decode_head.num_classes == read.model.auxiliary_head.num_classes == 2
 
 
+def test_the_versions_are_those_that_are_asked_for():
+    (torch,) = re.findall(r'"torch>=([\d.]+),<=(\d+\.\d+)', (ROOT / "pyproject.toml").read_text())
+    (python,) = re.findall(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    said = f"Python 3.{python[0]} to 3.{int(python[1]) - 1} and PyTorch {torch[0]} to {torch[1]}"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     for module in ("mkdocs", "material", "mkdocstrings", "griffe"):
